@@ -1,0 +1,1 @@
+"""Everything that submits jobs and fetches answers. Never imports torch or the worker."""

@@ -1,0 +1,86 @@
+"""What a finished job gives back.
+
+Owns: the result's fields and their units. Does not know where results are kept
+(`codeherd_schema.store`) or how text is made (`codeherd_worker`).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import AwareDatetime
+
+from codeherd_schema.requests import Frozen
+
+
+class FinishReason(StrEnum):
+    """Why a candidate ended."""
+
+    #: The model ended by itself: EOS, EOT of an infilling, or `<step>` of the 70B chat format.
+    EOS = "eos"
+    #: A stop string was met; it is not part of the text.
+    STOP = "stop"
+    #: `max_new_tokens` were generated.
+    LENGTH = "length"
+
+
+class Candidate(Frozen):
+    """One generated text."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    completion_tokens: int
+    #: Which stop string ended it.
+    stop_string: str | None = None
+    #: The seed that gives this text again.
+    seed: int
+
+
+class Cut(Frozen):
+    """What truncation took away from one part of the prompt."""
+
+    #: `prompt`, `prefix`, `suffix` or `messages`.
+    part: str
+    #: Tokens (turns for `messages`) that the model did not see, and how many the part had.
+    removed: int
+    total: int
+
+
+class Timings(Frozen):
+    """Where the time of the last attempt went, in seconds."""
+
+    #: From being due until the claim.
+    queue_s: float
+    #: From the claim until the first prefill.
+    admit_s: float
+    prefill_s: float
+    decode_s: float
+    #: From the claim until just before the commit.
+    total_s: float
+
+
+class Result(Frozen):
+    """The one committed answer of a job, with what is needed to get it again."""
+
+    job_id: str
+    attempt: int
+    candidates: tuple[Candidate, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    cut: tuple[Cut, ...] = ()
+    model: str
+    #: Identifies the weights: a hub commit, or a hash of the files.
+    model_revision: str
+    #: `nf4`, `int8` or `none`.
+    quantization: str
+    #: Identifies everything else that the bytes depend on: versions, device, slots, shapes.
+    engine_fingerprint: str
+    worker_id: str
+    timings: Timings
+    created_at: AwareDatetime
+
+    @property
+    def text(self) -> str:
+        """The first candidate's text."""
+        return self.candidates[0].text
