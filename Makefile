@@ -1,0 +1,49 @@
+# Every command a person or a machine needs. `make` alone prints this list.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check unit docs bench up clean
+
+help: ## print this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(INSTALLED) ## create the environment in .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "codeherd needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[worker,embedded,monitor,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## set up, run the main job on real code, show the answers
+	$(BIN)/python docs/demo.py
+
+test: $(INSTALLED) check unit ## everything: style, types, floors, and all tests on real services
+
+check: $(INSTALLED) ## style, types, import floors, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(INSTALLED) ## all tests with coverage
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+docs: $(INSTALLED) ## write the generated parts of docs/ anew
+	$(BIN)/python docs/generate.py
+
+bench: $(INSTALLED) ## measure against peers; writes benchmarks/results/
+	$(BIN)/python benchmarks/engine.py --write
+
+up: $(INSTALLED) ## start the embedded stack in this terminal
+	$(BIN)/codeherd up
+
+clean: ## remove the environment and everything generated
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* .codeherd

@@ -1,0 +1,1 @@
+"""The command line's verbs and nouns, one per file; `codeherd_producer.cli` knows which there are."""

@@ -1,0 +1,345 @@
+"""The one door to Celery and Redis: every setting of theirs that we use, once, with its reason.
+
+Owns: the Celery configuration, queue and task names, publishing hints, Redis notifications.
+Does not know jobs beyond their id, kind and priority: SQL is the queue of record, a message here is
+a hint that may be lost, repeated or late without harm. Settings were tried with celery 5.7.0,
+kombu 5.7.0 and redis-server 6.2 and 7.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import kombu
+from celery import Celery
+from celery.app.control import Control
+from kombu.exceptions import KombuError
+from kombu.pidbox import Mailbox
+from redis.exceptions import RedisError
+
+from codeherd_schema.errors import BrokerUnavailable
+from codeherd_schema.queues import queue_name as queue_name
+from codeherd_schema.requests import JobKind
+from codeherd_schema.settings import SharedSettings
+from codeherd_schema.store import Hint
+
+#: Sub-queues per queue; Redis 0 is the first to be taken (kombu's default steps, given for Flower).
+PRIORITY_STEPS = (0, 3, 6, 9)
+#: Seconds after which a silent Redis counts as gone; without it a publish can hang for ever.
+SOCKET_TIMEOUT_S = 5.0
+#: Connections to Redis that one `Broker` keeps; more threads than this wait for one another.
+CONNECTIONS = 8
+#: Messages that go to Redis in one round trip.
+BATCH = 100
+#: Pub/sub channel, after the key prefix, on which workers say that a job has ended.
+DONE_CHANNEL = "done"
+#: Key, after the key prefix, that is there as long as Redis remembers what was published.
+MEMORY_KEY = "memory"
+
+
+def task_name(kind: JobKind) -> str:
+    """Return the Celery task of a job kind: one each, so that Flower tells them apart."""
+    return f"codeherd.{kind}"
+
+
+def celery_settings(settings: SharedSettings, queues: Sequence[str]) -> dict[str, Any]:
+    """Return the Celery configuration for producers, dispatchers and workers alike."""
+    secure = settings.broker.startswith("rediss://")
+    transport_options = {
+        # Messages are acknowledged at once, so these three act for milliseconds at most.
+        "visibility_timeout": 3600,
+        "unacked_restore_interval": 10,
+        "unacked_restore_throttle": 1,
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": settings.connect_timeout_s,
+        "socket_keepalive": True,
+        # Finds half-open connections; must stay below what firewalls forget.
+        "health_check_interval": 10,
+        "priority_steps": list(PRIORITY_STEPS),
+        # Takes the most urgent of all queues first, not one queue after the other.
+        "queue_order_strategy": "priority",
+        "global_keyprefix": settings.key_prefix,
+        "client_name": "codeherd",
+    }
+    if settings.sentinel_master:
+        transport_options["master_name"] = settings.sentinel_master
+    return {
+        "broker_url": str(settings.broker),
+        "broker_use_ssl": _ssl_options(settings) if secure else None,
+        "broker_transport_options": transport_options,
+        "broker_connection_retry": True,
+        "broker_connection_retry_on_startup": True,
+        # The default of 100 tries ends after 46 minutes, and every GPU worker with it.
+        "broker_connection_max_retries": None,
+        # Results live in SQL and nowhere else.
+        "result_backend": None,
+        "task_ignore_result": True,
+        "task_store_errors_even_if_ignored": False,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "event_serializer": "json",
+        "enable_utc": True,
+        # The lease in SQL is the acknowledgement: a late ack would be redelivered on every reconnect.
+        "task_acks_late": False,
+        "task_reject_on_worker_lost": None,
+        "task_retry_on_worker_lost": False,
+        # With early acks a worker would otherwise hold one more message per slot than it can run.
+        "worker_disable_prefetch": True,
+        "worker_prefetch_multiplier": 1,
+        # Flower needs them; and without events the loop sleeps up to 0.7 s between two jobs.
+        "worker_send_task_events": True,
+        "task_send_sent_event": True,
+        "task_track_started": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_soft_shutdown_timeout": 0,
+        "worker_enable_soft_shutdown_on_idle": False,
+        "worker_state_db": None,
+        "worker_enable_remote_control": True,
+        # One quick second try; the dispatcher repairs the rest.
+        "task_publish_retry": True,
+        "task_publish_retry_policy": {
+            "max_retries": 1,
+            "interval_start": 0,
+            "interval_step": 0.2,
+            "interval_max": 0.5,
+        },
+        # A typing error in a queue name must not become a queue that nobody reads.
+        "task_create_missing_queues": False,
+        "task_queues": [kombu.Queue(name) for name in queues],
+        "task_default_queue": queues[0] if queues else queue_name(settings.default_model),
+    }
+
+
+def make_app(settings: SharedSettings, queues: Sequence[str]) -> Celery:
+    """Build the Celery app for these queues. Connects to nothing yet."""
+    app = Celery("codeherd", set_as_current=False)
+    app.conf.update(celery_settings(settings, queues))
+    return app
+
+
+class Broker:
+    """Publishes hints, asks workers to cancel, and carries "job ended" notifications."""
+
+    def __init__(self, settings: SharedSettings) -> None:
+        """Remember where the broker is; the first call connects."""
+        self._settings = settings
+        self._app = make_app(settings, ())
+        self._control = _Control(self._app)
+        # A pool of our own: Celery's are shared by all apps of the process with the same address,
+        # so closing one would close the other's.
+        self._pool = self._connection().Pool(limit=CONNECTIONS)
+        self._queues: dict[str, kombu.Queue] = {}
+
+    def publish(self, hints: Sequence[Hint]) -> None:
+        """Send one message per hint.
+
+        A failure leaves it unknown which messages were sent; sending again is harmless.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        if not hints:
+            return
+        with self._connected() as connection:
+            producer = self._app.amqp.Producer(connection, auto_declare=False)
+            with producer.batch(max_size=BATCH):
+                for hint in hints:
+                    self._app.send_task(
+                        task_name(hint.kind),
+                        args=(hint.job_id,),
+                        # A fresh id each time: a worker discards an id that was once terminated there.
+                        task_id=f"{hint.job_id}.{hint.publish_no}",
+                        queue=self._queue(hint.queue),
+                        priority=hint.priority,
+                        argsrepr=f"({hint.job_id})",
+                        kwargsrepr="{}",
+                        producer=producer,
+                        retry=False,
+                    )
+
+    def waiting(self, queue: str) -> int:
+        """Count the messages of `queue` that no worker has taken.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._connected() as connection:
+            return int(connection.default_channel._size(queue))  # noqa: SLF001 -- the transport's own sum over priorities
+
+    def has_forgotten(self) -> bool:
+        """Whether Redis lost its data since this was last asked, by any process; true for a new Redis.
+
+        Asking leaves a mark in Redis, so one loss is told to one asker only.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._connected() as connection, connection.default_channel.conn_or_acquire() as client:
+            return bool(client.execute_command("SET", MEMORY_KEY, "1", "NX"))
+
+    def request_cancel(self, job_id: str) -> None:
+        """Tell all workers at once; the heartbeat would tell them too, a few seconds later.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._connected() as connection:
+            self._control.broadcast("cancel_job", arguments={"job_id": job_id}, connection=connection)
+
+    def announce(self, job_id: str) -> None:
+        """Say that a job has ended, to whoever listens.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._connected() as connection, connection.default_channel.conn_or_acquire() as client:
+            client.publish(DONE_CHANNEL, job_id)
+
+    def endings(self) -> Endings:
+        """Listen for ended jobs, from now until the listener is closed.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._reachable():
+            connection = self._connection()
+            try:
+                with connection.default_channel.conn_or_acquire() as client:
+                    pubsub = client.pubsub()
+                pubsub.subscribe(DONE_CHANNEL)
+                # Without the confirmation an ending could pass between now and the first look at SQL.
+                if pubsub.get_message(timeout=self._settings.connect_timeout_s) is None:
+                    raise TimeoutError("no answer to SUBSCRIBE")
+            except BaseException:
+                connection.release()
+                raise
+        return Endings(connection, pubsub)
+
+    def check(self) -> Mapping[str, str]:
+        """Return what matters of Redis: version, eviction policy, append-only file.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._connected() as connection, connection.default_channel.conn_or_acquire() as client:
+            facts = client.info()
+        return {name: str(facts[name]) for name in ("redis_version", "maxmemory_policy", "aof_enabled")}
+
+    def workers(self, timeout_s: float) -> dict[str, dict[str, Any]]:
+        """Ask every worker for its engine's figures; silent ones are left out.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._reachable(), self._connection() as connection:
+            replies = self._control.broadcast(
+                "engine_stats", reply=True, timeout=timeout_s, connection=connection
+            )
+        return {name: facts for reply in replies or () for name, facts in reply.items()}
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._pool.force_close_all()
+        self._app.close()
+
+    def _queue(self, name: str) -> kombu.Queue:
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = kombu.Queue(name)
+        return queue
+
+    def _connection(self) -> Any:
+        """Return an own connection: same address, TLS, Sentinel and prefix as the workers'."""
+        return self._app.connection_for_write(
+            transport_options={
+                # Whoever publishes or waits has SQL to go on with: one try, and no longer than told.
+                "max_retries": 0,
+                "socket_timeout": min(SOCKET_TIMEOUT_S, self._settings.connect_timeout_s),
+            }
+        )
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Any]:
+        timeout_s = self._settings.connect_timeout_s
+        with self._reachable(), self._pool.acquire(block=True, timeout=timeout_s) as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except (KombuError, RedisError, OSError) as err:
+            raise BrokerUnavailable(
+                f"broker {self._settings.broker.masked()} did not answer: {type(_root(err)).__name__}",
+                hint="`codeherd up` starts an embedded one; CODEHERD_BROKER_URL names another",
+            ) from err
+
+
+class _OnceProducer(kombu.Producer):
+    """Sends once, whatever the caller says."""
+
+    def publish(self, *args: Any, **options: Any) -> Any:
+        return super().publish(*args, **{**options, "retry": False})
+
+
+class _Mailbox(Mailbox):
+    """Talks to workers without kombu's `retry=True`, which has no end while Redis is away."""
+
+    @contextlib.contextmanager
+    def producer_or_acquire(self, producer: Any = None, channel: Any = None) -> Iterator[Any]:
+        yield producer or _OnceProducer(channel, auto_declare=False)
+
+
+class _Control(Control):
+    Mailbox = _Mailbox
+
+
+class Endings:
+    """A subscription to the ids of jobs that end; may miss some, so look at SQL as well."""
+
+    def __init__(self, connection: Any, pubsub: Any) -> None:
+        """Take over both; `close` gives them back."""
+        self._connection = connection
+        self._pubsub = pubsub
+
+    def wait(self, timeout_s: float) -> frozenset[str]:
+        """Return ids of jobs that ended, as soon as there is one; empty after `timeout_s` seconds.
+
+        Raises:
+            BrokerUnavailable: the connection broke; go on by looking at SQL alone.
+        """
+        found: set[str] = set()
+        try:
+            message = self._pubsub.get_message(timeout=timeout_s)
+            while message is not None:
+                if message["type"] == "message":
+                    found.add(bytes(message["data"]).decode())
+                message = self._pubsub.get_message(timeout=0)
+        except (RedisError, OSError) as err:
+            raise BrokerUnavailable("the notification channel broke") from err
+        return frozenset(found)
+
+    def close(self) -> None:
+        """Unsubscribe and close the connection."""
+        with contextlib.suppress(RedisError, OSError):
+            self._pubsub.close()
+        self._connection.release()
+
+
+def _root(err: BaseException) -> BaseException:
+    """Return the error below kombu's wrappers: it says whether to look at the network or the password."""
+    while err.__cause__ is not None:
+        err = err.__cause__
+    return err
+
+
+def _ssl_options(settings: SharedSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    if settings.broker_ca_file is not None:
+        options["ssl_ca_certs"] = str(settings.broker_ca_file)
+    return options

@@ -1,0 +1,352 @@
+"""The one door to a SQL database: SQLite or PostgreSQL, opened so that a commit is a promise.
+
+Owns: engines, transactions, the two dialects' differences, the database's clock, and which driver
+error means that the database is away. Does not know any table.
+
+The statements of `codeherd_schema` are the same text on both databases; what differs (the clock, a
+case-sensitive search, `BEGIN IMMEDIATE`) is compiled here.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar
+
+from sqlalchemy import URL, ColumnElement, Connection, Double, Engine, create_engine, event, make_url, select
+from sqlalchemy import exc as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import Boolean
+
+from codeherd_schema.errors import (
+    CodeherdError,
+    DatabaseUnavailable,
+    InvalidRequest,
+    InvalidSetting,
+    SchemaOutdated,
+)
+
+T = TypeVar("T")
+
+#: Tries of a transaction that the database broke off for the sake of another one.
+MAX_TRIES: Final = 5
+#: Seconds to wait for a PostgreSQL server to accept a connection.
+CONNECT_TIMEOUT_S: Final = 5
+#: PostgreSQL broke the transaction off and asks for a new try: serialization failure, deadlock.
+_TRY_AGAIN: Final = frozenset({"40001", "40P01"})
+#: PostgreSQL: no such table, no such column.
+_NO_SUCH_THING: Final = frozenset({"42P01", "42703"})
+#: PostgreSQL error classes that say nothing about the statement: connection, resources, operator
+#: intervention, system, authorization, catalog, transaction rollback, locks, read-only replica.
+_AWAY: Final = ("08", "53", "57", "58", "28", "3D", "40", "55", "25")
+#: Execution option that marks a connection as a reader.
+_READER: Final = "codeherd_reader"
+
+
+class _Now(FunctionElement[float]):
+    """The database's clock."""
+
+    type = Double()
+    inherit_cache = True
+    name = "now"
+
+
+class _Holds(FunctionElement[bool]):
+    """Whether the first text holds the second, case and all."""
+
+    type = Boolean()
+    inherit_cache = True
+    name = "holds"
+
+
+@compiles(_Now, "sqlite")
+def _now_on_sqlite(_element: _Now, _compiler: SQLCompiler, **_: Any) -> str:
+    # Milliseconds; stands still within one statement.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(_Now, "postgresql")
+def _now_on_postgresql(_element: _Now, _compiler: SQLCompiler, **_: Any) -> str:
+    # clock_timestamp() would differ from row to row and keep conditions on time out of the indexes;
+    # now() stands still in a caller's long transaction.
+    return "extract(epoch from statement_timestamp())::float8"
+
+
+@compiles(_Holds, "sqlite")
+def _holds_on_sqlite(element: _Holds, compiler: SQLCompiler, **kw: Any) -> str:
+    # SQLite's LIKE ignores case.
+    return f"(instr({compiler.process(element.clauses, **kw)}) > 0)"
+
+
+@compiles(_Holds, "postgresql")
+def _holds_on_postgresql(element: _Holds, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"(strpos({compiler.process(element.clauses, **kw)}) > 0)"
+
+
+def now() -> ColumnElement[float]:
+    """Return the database's clock as an expression: seconds since 1970, at the statement's start."""
+    return _Now()
+
+
+def holds(text: ColumnElement[str], part: str) -> ColumnElement[bool]:
+    """Return the condition that `text` holds `part`, with case, on both databases."""
+    return _Holds(text, part)
+
+
+class Database:
+    """A pool of connections to one SQLite file or PostgreSQL database; threads may share it."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Take an engine made by `open`."""
+        self._writers = engine
+        self._readers = engine.execution_options(**{_READER: True})
+
+    @classmethod
+    def open(cls, url: str, *, pool_size: int = 8, timeout_s: float = 30.0) -> Self:
+        """Make the pool; nothing connects before the first transaction.
+
+        Args:
+            url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user:pw@host/name`.
+            pool_size: most connections at a time.
+            timeout_s: longest wait for a lock, a free connection or one PostgreSQL statement, seconds.
+
+        Raises:
+            InvalidSetting: the URL is none of these.
+        """
+        parsed = _parse(url)
+        if parsed.get_backend_name() == "sqlite":
+            return cls(_sqlite_engine(parsed, pool_size, timeout_s))
+        return cls(_postgresql_engine(parsed, pool_size, timeout_s))
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self._writers.dialect.name
+
+    @property
+    def place(self) -> str:
+        """Where the database is, without user and password."""
+        return place(self._writers.url)
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """Give a connection in a writing transaction, committed at the end of the block.
+
+        Raises:
+            DatabaseUnavailable: nothing was committed, unless the connection broke during the commit.
+            SchemaOutdated: a table or column is missing.
+        """
+        with translated(self._writers), self._writers.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Give a connection in a reading transaction; on SQLite it never waits for a writer."""
+        with translated(self._writers), self._readers.begin() as connection:
+            yield connection
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a writing transaction, again when the database broke it off.
+
+        `work` must have no other effect than its SQL.
+
+        Raises:
+            DatabaseUnavailable: see `begin`; also when every try was broken off.
+        """
+        for _ in range(MAX_TRIES - 1):
+            try:
+                with self.begin() as connection:
+                    return work(connection)
+            except DatabaseUnavailable as err:
+                if not _asks_for_another_try(err.__cause__):
+                    raise
+        with self.begin() as connection:
+            return work(connection)
+
+    def clock(self) -> float:
+        """Return the database's time: seconds since 1970."""
+        with self.read() as connection:
+            return clock(connection)
+
+    def close(self) -> None:
+        """Close every idle connection; a later use opens new ones."""
+        self._writers.dispose()
+
+
+def clock(connection: Connection) -> float:
+    """Return the database's time on this connection: seconds since 1970."""
+    return connection.execute(select(now())).scalar_one()
+
+
+@contextmanager
+def translated(engine: Engine) -> Iterator[None]:
+    """Turn a driver's errors inside the block into ours, where they say more than a fault in our SQL."""
+    try:
+        yield
+    except sa.TimeoutError as err:
+        raise DatabaseUnavailable(f"no free connection to database {place(engine.url)}") from err
+    except sa.DBAPIError as err:
+        error = _translate(err, engine.url)
+        if error is None:
+            raise
+        raise error from err
+
+
+def place(url: URL) -> str:
+    """Say where a database is, without its user, password and options."""
+    if url.get_backend_name() == "sqlite":
+        return f"`{url.database}`"
+    return f"`{url.database}` on {url.host or 'the local socket'}" + (f":{url.port}" if url.port else "")
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (sa.ArgumentError, ValueError):
+        # The cause is left out: it quotes the URL with its password.
+        raise InvalidSetting(
+            "the database URL cannot be read",
+            hint="use `sqlite:///file.db` or `postgresql://user:password@host/name`",
+        ) from None
+    match parsed.drivername:
+        case "sqlite" | "sqlite+pysqlite":
+            return _checked_file(parsed)
+        case "postgresql" | "postgres" | "postgresql+psycopg":
+            return parsed.set(drivername="postgresql+psycopg")
+        case other:
+            raise InvalidSetting(
+                f"no support for `{other}` databases", hint="use `sqlite:///...` or `postgresql://...`"
+            )
+
+
+def _checked_file(url: URL) -> URL:
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        raise InvalidSetting(
+            "SQLite needs a file, since several processes share it", hint="use `sqlite:///codeherd.db`"
+        )
+    folder = Path(url.database).parent
+    if not folder.is_dir():
+        raise InvalidSetting(f"folder `{folder}` of the SQLite file does not exist")
+    return url
+
+
+def _sqlite_engine(url: URL, pool_size: int, timeout_s: float) -> Engine:
+    engine = create_engine(
+        url,
+        connect_args={"timeout": timeout_s},
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=timeout_s,
+        hide_parameters=True,
+    )
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: sqlite3.Connection, _record: object) -> None:
+        # Python's own transaction control would begin too late and without IMMEDIATE.
+        connection.isolation_level = None
+        # Asked first: setting WAL takes an exclusive lock even if it is set, and the file remembers.
+        if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            connection.execute("PRAGMA journal_mode = WAL")
+        # With NORMAL a power cut takes back the last commits of a WAL database; a job whose id was
+        # given away must survive. Costs one fsync per commit (docs/decisions).
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A deferred writer that reads first fails at once with "database is locked" when another
+        # writer came between; IMMEDIATE waits its turn. Readers stay deferred: they wait for nobody.
+        reads = connection.get_execution_options().get(_READER, False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _postgresql_engine(url: URL, pool_size: int, timeout_s: float) -> Engine:
+    timeout_ms = round(timeout_s * 1000)
+    options = f"-c statement_timeout={timeout_ms} -c lock_timeout={timeout_ms} " + str(
+        url.query.get("options", "")
+    )
+    return create_engine(
+        url,
+        connect_args={
+            "application_name": "codeherd",
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "options": options.strip(),
+            # A server that vanished without a word is noticed within 30 s.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 4,
+            "tcp_user_timeout": 30_000,
+        },
+        # The conditional updates rely on it: a waiting one looks again at the row that the first left.
+        isolation_level="READ COMMITTED",
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=timeout_s,
+        pool_pre_ping=True,
+        hide_parameters=True,
+    )
+
+
+def _translate(err: sa.DBAPIError, url: URL) -> CodeherdError | None:
+    reason = _without_secrets(str(err.orig).partition("\n")[0], url)
+    if url.get_backend_name() == "sqlite":
+        return _translate_sqlite(err.orig, reason, url)
+    return _translate_postgresql(err, reason, url)
+
+
+def _translate_sqlite(driver: BaseException | None, reason: str, url: URL) -> CodeherdError | None:
+    if reason.startswith(("no such table", "no such column")) or "has no column named" in reason:
+        return _outdated(reason, url)
+    code = getattr(driver, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_NOTADB:
+        return InvalidSetting(f"{place(url)} is not a SQLite database")
+    # SQLITE_ERROR is a fault in our own statement; the other codes are about locks, files and disks.
+    if isinstance(driver, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
+        return _away(reason, url)
+    return None
+
+
+def _translate_postgresql(err: sa.DBAPIError, reason: str, url: URL) -> CodeherdError | None:
+    state = _sqlstate(err)
+    if state in _NO_SUCH_THING:
+        return _outdated(reason, url)
+    if isinstance(err, sa.DataError) and "NUL" in reason:
+        return InvalidRequest("a name or key holds a NUL character, which PostgreSQL cannot keep")
+    if isinstance(err, sa.ProgrammingError) and "connection option" in reason:
+        return InvalidSetting(f"the database URL has an option that does not exist: {reason}")
+    if isinstance(err, (sa.OperationalError, sa.InterfaceError)) or state.startswith(_AWAY):
+        return _away(reason, url)
+    return None
+
+
+def _sqlstate(err: sa.DBAPIError) -> str:
+    # Missing when the error is the driver's own and not the server's.
+    return getattr(err.orig, "sqlstate", None) or ""
+
+
+def _away(reason: str, url: URL) -> DatabaseUnavailable:
+    return DatabaseUnavailable(f"database {place(url)} did not answer: {reason}")
+
+
+def _outdated(reason: str, url: URL) -> SchemaOutdated:
+    return SchemaOutdated(
+        f"database {place(url)} lacks a part of the schema: {reason}", hint="run `codeherd db upgrade`"
+    )
+
+
+def _without_secrets(text: str, url: URL) -> str:
+    secrets = [url.password, *(value for key, value in url.query.items() if "password" in key)]
+    for secret in secrets:
+        if isinstance(secret, str) and secret:
+            text = text.replace(secret, "***")
+    return text
+
+
+def _asks_for_another_try(cause: BaseException | None) -> bool:
+    return isinstance(cause, sa.DBAPIError) and _sqlstate(cause) in _TRY_AGAIN

@@ -1,0 +1,311 @@
+"""What a worker does to the jobs it holds: claim, keep, and let go.
+
+Owns: leases, and the end of an attempt with its history row. Every move is one conditional UPDATE,
+fenced by lease id, attempt and state: a worker that lost its lease changes nothing. Does not know
+what a job does between claim and end, or who takes expired leases back (`codeherd_schema.janitor`).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, insert, select, update
+
+from codeherd_schema.database import Database, now
+from codeherd_schema.jobs import Job, instant, job_of, storable
+from codeherd_schema.requests import SCHEMA_VERSION
+from codeherd_schema.results import Result
+from codeherd_schema.states import FINAL_STATES, JobState, Move, target
+from codeherd_schema.tables import attempts, is_due, jobs, results, state_is
+
+#: Characters of an error message that are kept.
+MAX_MESSAGE: Final = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One attempt at a job, owned by one worker until its lease ends."""
+
+    job: Job
+    lease_id: str
+    attempt: int
+    #: By the database's clock.
+    claimed_at: datetime
+    #: Seconds from being due until the claim.
+    queue_s: float
+    #: Seconds left by the database's clock at the claim; None without a deadline.
+    deadline_in_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What the worker learns while it keeps a lease."""
+
+    cancel_requested: bool
+    deadline_passed: bool
+
+
+class Commit(StrEnum):
+    """How the end of an attempt was received."""
+
+    STORED = "stored"
+    #: This attempt ended this way before: the answer to the first call got lost.
+    ALREADY = "already"
+    #: The lease is gone. Nothing was changed: drop what the attempt made.
+    LOST = "lost"
+
+
+class Leases:
+    """A worker's view of the jobs."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def claim(
+        self, job_id: str, *, worker_id: str, lease_s: float, queues: Collection[str] | None = None
+    ) -> Claim | None:
+        """Start an attempt at this job, or return None when it is not there to be had.
+
+        None is no error: taken, ended, cancelled, early, late, or of another queue; drop the hint.
+
+        Args:
+            job_id: from the hint.
+            worker_id: shown to people, kept in the history.
+            lease_s: the job is another's after this many seconds without a heartbeat.
+            queues: the queues this worker serves; None is all.
+        """
+        conditions = [jobs.c.id == job_id]
+        if queues is not None:
+            conditions.append(jobs.c.queue.in_(queues))
+        return self._claim(conditions, worker_id, lease_s)
+
+    def claim_next(self, queue: str, *, worker_id: str, lease_s: float) -> Claim | None:
+        """Start an attempt at the first due job of `queue`: by priority, then oldest first."""
+        first = (
+            select(jobs.c.id)
+            .where(jobs.c.queue == queue, is_due(), jobs.c.schema_version <= SCHEMA_VERSION)
+            .order_by(jobs.c.priority, jobs.c.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+            .cte("first_due")
+        )
+        return self._claim([jobs.c.id.in_(select(first.c.id))], worker_id, lease_s)
+
+    def _claim(
+        self, conditions: Sequence[ColumnElement[bool]], worker_id: str, lease_s: float
+    ) -> Claim | None:
+        lease_id = str(uuid.uuid4())
+        statement = (
+            update(jobs)
+            .where(*conditions, is_due(), jobs.c.schema_version <= SCHEMA_VERSION)
+            .values(
+                state=target(Move.CLAIM).value,
+                attempt=jobs.c.attempt + 1,
+                lease_id=lease_id,
+                lease_until=now() + lease_s,
+                worker_id=storable(worker_id, most=255),
+                started_at=now(),
+            )
+            .returning(*jobs.c)
+        )
+        row = self._database.write(lambda connection: connection.execute(statement).one_or_none())
+        if row is None:
+            return None
+        return Claim(
+            job=job_of(row),
+            lease_id=lease_id,
+            attempt=row.attempt,
+            claimed_at=instant(row.started_at),
+            queue_s=max(0.0, row.started_at - row.run_at),
+            deadline_in_s=None if row.deadline is None else row.deadline - row.started_at,
+        )
+
+    def heartbeat(self, claims: Collection[Claim], *, lease_s: float) -> dict[str, Beat]:
+        """Prolong the leases of all `claims` in one statement.
+
+        Returns:
+            What was learned, by lease id. A lease that is missing is lost: stop that attempt at
+            once and commit nothing of it.
+        """
+        if not claims:
+            return {}
+        statement = (
+            update(jobs)
+            .where(
+                # A lease id is never given twice, so the pairs need not be compared as pairs.
+                jobs.c.id.in_([claim.job.id for claim in claims]),
+                jobs.c.lease_id.in_([claim.lease_id for claim in claims]),
+                state_is(JobState.RUNNING),
+            )
+            .values(lease_until=now() + lease_s)
+            .returning(
+                # The bare column: in RETURNING, SQLite 3.40 says that a NULL `IS NOT NULL`.
+                jobs.c.lease_id,
+                jobs.c.cancel_requested_at,
+                jobs.c.deadline,
+                now().label("now"),
+            )
+        )
+        rows = self._database.write(lambda connection: connection.execute(statement).all())
+        return {
+            row.lease_id: Beat(
+                cancel_requested=row.cancel_requested_at is not None,
+                deadline_passed=row.deadline is not None and row.deadline <= row.now,
+            )
+            for row in rows
+        }
+
+    def succeed(self, claim: Claim, result: Result) -> Commit:
+        """Store the one result of the job and end it, in one transaction.
+
+        May be repeated after a `DatabaseUnavailable` until the answer is known.
+        """
+        if (result.job_id, result.attempt) != (claim.job.id, claim.attempt):
+            raise ValueError("the result belongs to another attempt")
+
+        def work(connection: Connection) -> Commit:
+            commit = self._end(connection, claim, Move.SUCCEED)
+            if commit is Commit.STORED:
+                connection.execute(insert(results).values(_result_row(result)))
+            return commit
+
+        return self._database.write(work)
+
+    def fail(self, claim: Claim, *, code: str, message: str) -> Commit:
+        """End the job with an error that another attempt cannot mend."""
+        error = _error(code, message)
+        return self._database.write(lambda connection: self._end(connection, claim, Move.FAIL, error))
+
+    def retry(self, claim: Claim, *, code: str, message: str, delay_s: float) -> Commit:
+        """Give the job back with an error that another attempt may mend, or bury it.
+
+        It is due again after `delay_s`; dead if this was its last attempt; cancelled if that was
+        asked for meanwhile.
+        """
+        error = _error(code, message)
+        is_last = claim.attempt >= claim.job.max_attempts
+        again: dict[str, Any] = {} if is_last else {"run_at": now() + delay_s, "published_at": None}
+        move = Move.BURY if is_last else Move.RETRY
+        return self._database.write(
+            lambda connection: self._end_unless_cancelled(connection, claim, move, {**error, **again})
+        )
+
+    def release(self, claim: Claim) -> Commit:
+        """Give the job back unfinished, since the worker stops: no attempt is burnt, due at once."""
+        again = {"run_at": now(), "published_at": None, "attempt": jobs.c.attempt - 1}
+        return self._database.write(
+            lambda connection: self._end_unless_cancelled(connection, claim, Move.RELEASE, again)
+        )
+
+    def cancel_running(self, claim: Claim) -> Commit:
+        """End the job as cancelled, whether the heartbeat or an operator said so."""
+        return self._database.write(lambda connection: self._end(connection, claim, Move.CANCEL))
+
+    def expire_running(self, claim: Claim) -> Commit:
+        """End the job because its deadline passed."""
+        return self._database.write(lambda connection: self._end(connection, claim, Move.EXPIRE))
+
+    def _end_unless_cancelled(
+        self, connection: Connection, claim: Claim, move: Move, values: dict[str, Any]
+    ) -> Commit:
+        # A job that went back to the queue with a cancel request on it would never be claimed again.
+        lease = (claim.job.id, claim.lease_id, claim.attempt)
+        if end_attempt(connection, *lease, move, values, jobs.c.cancel_requested_at.is_(None)):
+            return Commit.STORED
+        if end_attempt(connection, *lease, Move.CANCEL, {}, jobs.c.cancel_requested_at.is_not(None)):
+            return Commit.STORED
+        return _commit_of_ended(connection, claim, {move, Move.CANCEL})
+
+    def _end(
+        self, connection: Connection, claim: Claim, move: Move, values: dict[str, Any] | None = None
+    ) -> Commit:
+        if end_attempt(connection, claim.job.id, claim.lease_id, claim.attempt, move, values or {}):
+            return Commit.STORED
+        return _commit_of_ended(connection, claim, {move})
+
+
+def end_attempt(
+    connection: Connection,
+    job_id: str,
+    lease_id: str,
+    attempt: int,
+    move: Move,
+    values: dict[str, Any],
+    *conditions: ColumnElement[bool],
+) -> bool:
+    """Make a `move` out of running and write the history row, or change nothing.
+
+    Args:
+        connection: in a transaction.
+        job_id: with `lease_id` and `attempt`: the lease; it must be the job's at this moment.
+        lease_id: see `job_id`.
+        attempt: see `job_id`.
+        move: where to.
+        values: further columns of the job.
+        conditions: what else must be true of the job.
+
+    Returns:
+        Whether the job was in that lease, and `conditions` were true.
+    """
+    state = target(move)
+    row = connection.execute(
+        update(jobs)
+        .where(
+            jobs.c.id == job_id,
+            jobs.c.lease_id == lease_id,
+            jobs.c.attempt == attempt,
+            state_is(JobState.RUNNING),
+            *conditions,
+        )
+        .values(
+            state=state.value,
+            lease_id=None,
+            lease_until=None,
+            finished_at=now() if state in FINAL_STATES else None,
+            **values,
+        )
+        .returning(jobs.c.worker_id, jobs.c.started_at, now().label("now"))
+    ).one_or_none()
+    if row is None:
+        return False
+    connection.execute(
+        insert(attempts).values(
+            job_id=job_id,
+            attempt=attempt,
+            lease_id=lease_id,
+            worker_id=row.worker_id,
+            started_at=row.started_at,
+            ended_at=row.now,
+            outcome=move.value,
+            error_code=values.get("error_code"),
+            error_message=values.get("error_message"),
+        )
+    )
+    return True
+
+
+def _commit_of_ended(connection: Connection, claim: Claim, moves: Collection[Move]) -> Commit:
+    outcome = connection.scalar(select(attempts.c.outcome).where(attempts.c.lease_id == claim.lease_id))
+    return Commit.ALREADY if outcome in moves else Commit.LOST
+
+
+def _error(code: str, message: str) -> dict[str, str]:
+    return {"error_code": storable(code, most=64), "error_message": storable(message, most=MAX_MESSAGE)}
+
+
+def _result_row(result: Result) -> dict[str, Any]:
+    return {
+        "job_id": result.job_id,
+        "attempt": result.attempt,
+        "payload": result.model_dump_json(ensure_ascii=True),
+        "model": result.model,
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+        "finish_reason": result.candidates[0].finish_reason.value,
+        "created_at": now(),
+    }

@@ -1,0 +1,198 @@
+"""Turn requests into committed rows, all of them or none.
+
+Owns: what a new row holds, moments counted from the database's clock, idempotency keys. Does not
+know models or brokers: whether a model can serve a request is judged before, hints are sent after.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import Connection, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from codeherd_schema.database import Database, clock, translated
+from codeherd_schema.errors import IdempotencyConflict, InvalidRequest
+from codeherd_schema.job_ids import JobIds
+from codeherd_schema.requests import Moment, Request
+from codeherd_schema.states import JobState
+from codeherd_schema.tables import jobs
+
+#: Attempts that a job gets unless told otherwise.
+MAX_ATTEMPTS: Final = 5
+#: Values in one IN list; SQLite allows 32,766 parameters in a statement.
+IN_LIST: Final = 1_000
+#: The last moment that a datetime can hold, seconds since 1970.
+_LAST_MOMENT: Final = datetime.max.replace(tzinfo=UTC).timestamp() - 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The answer to one request."""
+
+    job_id: str
+    #: The job was there before, under the same idempotency key.
+    deduplicated: bool
+
+
+def queue_of_model(request: Request) -> str:
+    """Return the queue of a request when nobody says otherwise: one queue per model."""
+    return request.model
+
+
+class Submissions:
+    """Inserts jobs."""
+
+    def __init__(self, database: Database, *, max_attempts: int = MAX_ATTEMPTS) -> None:
+        """Insert into `database`; a job that needs more than `max_attempts` is dead."""
+        self._database = database
+        self._max_attempts = max_attempts
+        self._ids = JobIds()
+
+    def submit(
+        self,
+        requests: Sequence[Request],
+        *,
+        tenant: str = "default",
+        queue_of: Callable[[Request], str] = queue_of_model,
+        connection: Connection | None = None,
+        custom_ids: Sequence[str] | None = None,
+        batch_id: str | None = None,
+    ) -> list[Submitted]:
+        """Insert one job per request in one transaction: all or nothing, answers in order.
+
+        Args:
+            requests: what to run; equal idempotency keys among them give one job.
+            tenant: who owns the jobs and the idempotency keys.
+            queue_of: names the queue of a request.
+            connection: insert in this open transaction, to be committed with the caller's own rows;
+                nobody sees the jobs before. Left out: committed on return.
+            custom_ids: the caller's own name of each request.
+            batch_id: what the jobs belong to.
+
+        Raises:
+            InvalidRequest: `expires_at` or `deadline` is past by the database's clock, or not after
+                `run_at`; nothing was inserted.
+            IdempotencyConflict: a key was used before with other content; nothing was inserted.
+            DatabaseUnavailable: try again, with an idempotency key if a second job would be a harm.
+        """
+        if custom_ids is not None and len(custom_ids) != len(requests):
+            raise ValueError(f"{len(requests)} requests, but {len(custom_ids)} custom ids")
+
+        def work(connection: Connection) -> list[Submitted]:
+            now_s = clock(connection)
+            ids = self._ids.take(len(requests), now_s=now_s)
+            shared = {"tenant": tenant, "batch_id": batch_id, "max_attempts": self._max_attempts}
+            names = custom_ids if custom_ids is not None else (None,) * len(requests)
+            rows = [
+                {
+                    **new_row(request, now_s),
+                    **shared,
+                    "id": job_id,
+                    "queue": queue_of(request),
+                    "custom_id": custom_id,
+                }
+                for job_id, request, custom_id in zip(ids, requests, names, strict=True)
+            ]
+            return _insert(connection, rows, tenant)
+
+        if connection is None:
+            return self._database.write(work)
+        with translated(connection.engine):
+            return work(connection)
+
+
+def new_row(request: Request, now_s: float) -> dict[str, Any]:
+    """Return what the row of a new job takes from its request, at this moment of the database's clock.
+
+    Raises:
+        InvalidRequest: the job could never run in the time that it allows.
+    """
+    run_at = max(now_s, _resolve("run_at", request.run_at, now_s) or now_s)
+    limits = {
+        name: _resolve(name, moment, now_s)
+        for name, moment in (("expires_at", request.expires_at), ("deadline", request.deadline))
+    }
+    for name, limit in limits.items():
+        if limit is not None and limit <= now_s:
+            raise InvalidRequest(f"`{name}` is {now_s - limit:.3f} s in the past by the database's clock")
+        if limit is not None and limit <= run_at:
+            raise InvalidRequest(f"`{name}` is not after `run_at`")
+    return {
+        "kind": request.kind.value,
+        "model": request.model,
+        "state": JobState.QUEUED.value,
+        "priority": request.priority,
+        "schema_version": request.schema_version,
+        "payload": request.model_dump_json(ensure_ascii=True),
+        "content_sha256": request.content_sha256(),
+        "run_at": run_at,
+        **limits,
+        "idempotency_key": request.idempotency_key,
+        "labels": json_of_labels(request.labels),
+        "created_at": now_s,
+    }
+
+
+def json_of_labels(labels: Mapping[str, str]) -> str:
+    """Return labels as the column keeps them: the same labels are the same text."""
+    return json.dumps(dict(labels), sort_keys=True, separators=(",", ":"))
+
+
+def _resolve(name: str, moment: Moment | None, now_s: float) -> float | None:
+    if moment is None:
+        return None
+    seconds = now_s + moment.total_seconds() if isinstance(moment, timedelta) else moment.timestamp()
+    if seconds > _LAST_MOMENT:
+        raise InvalidRequest(f"`{name}` is after the year 9999")
+    return seconds
+
+
+def _insert(connection: Connection, rows: Sequence[Mapping[str, Any]], tenant: str) -> list[Submitted]:
+    # Racing submitters take the same keys in the same order, so that none waits in a circle.
+    ordered = sorted(rows, key=lambda row: row["idempotency_key"] or "")
+    if ordered:
+        connection.execute(_insert_or_leave(connection), ordered)
+    keys = sorted({row["idempotency_key"] for row in rows if row["idempotency_key"] is not None})
+    known = _jobs_of_keys(connection, tenant, keys)
+    for row in rows:
+        if row["idempotency_key"] in known and known[row["idempotency_key"]][1] != row["content_sha256"]:
+            # The caller's transaction may go on: leave nothing of ours in it.
+            _delete(connection, [row["id"] for row in rows])
+            raise IdempotencyConflict(
+                f"idempotency key `{row['idempotency_key']}` was used before with a different request"
+            )
+    owners = [known.get(row["idempotency_key"], (row["id"], ""))[0] for row in rows]
+    return [
+        Submitted(job_id=owner, deduplicated=owner != row["id"])
+        for row, owner in zip(rows, owners, strict=True)
+    ]
+
+
+def _insert_or_leave(connection: Connection) -> postgresql.Insert | sqlite.Insert:
+    keys = [jobs.c.tenant, jobs.c.idempotency_key]
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(jobs).on_conflict_do_nothing(index_elements=keys)
+    return sqlite.insert(jobs).on_conflict_do_nothing(index_elements=keys)
+
+
+def _jobs_of_keys(connection: Connection, tenant: str, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return id and content hash of the job that holds each key."""
+    found: dict[str, tuple[str, str]] = {}
+    for start in range(0, len(keys), IN_LIST):
+        statement = select(jobs.c.idempotency_key, jobs.c.id, jobs.c.content_sha256).where(
+            jobs.c.tenant == tenant, jobs.c.idempotency_key.in_(keys[start : start + IN_LIST])
+        )
+        found.update(
+            {row.idempotency_key: (row.id, row.content_sha256) for row in connection.execute(statement)}
+        )
+    return found
+
+
+def _delete(connection: Connection, ids: Sequence[str]) -> None:
+    for start in range(0, len(ids), IN_LIST):
+        connection.execute(delete(jobs).where(jobs.c.id.in_(ids[start : start + IN_LIST])))

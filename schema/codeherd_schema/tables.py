@@ -1,0 +1,188 @@
+"""The rows: one job, its result, its attempts.
+
+Owns: tables, columns, indexes and constraints, and the revision of the schema that they describe.
+Does not know statements (`codeherd_schema.store`) or how a database gets there (`migrations`).
+
+Every time is in seconds since 1970 by the database's clock, and only SQL written with
+`codeherd_schema.database.now` sets it. JSON is kept as ASCII text: generated text may hold a NUL
+character, which PostgreSQL's own text and JSON types refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    and_,
+    literal,
+    or_,
+    text,
+)
+
+from codeherd_schema.database import now
+from codeherd_schema.states import FINAL_STATES, JobState
+
+#: The migration whose tables these are.
+REVISION: Final = "0001"
+
+metadata = MetaData()
+
+
+def _words(states: frozenset[JobState]) -> str:
+    return ", ".join(f"'{state}'" for state in JobState if state in states)
+
+
+jobs = Table(
+    "jobs",
+    metadata,
+    # UUID version 7: ids sort by the time of submission.
+    Column("id", String(36), primary_key=True),
+    Column("tenant", String(64), nullable=False, server_default="default"),
+    Column("kind", String(16), nullable=False),
+    Column("model", String(64), nullable=False),
+    Column("queue", String(128), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    # The request as `dump_request` gives it, and the version of that form.
+    Column("schema_version", Integer, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("content_sha256", String(64), nullable=False),
+    # Number of the current or last attempt; claim counts it up, release takes it back.
+    Column("attempt", Integer, nullable=False, server_default="0"),
+    # Attempts that ended because their worker was lost.
+    Column("crash_count", Integer, nullable=False, server_default="0"),
+    Column("max_attempts", Integer, nullable=False),
+    # Both are set while running and only then.
+    Column("lease_id", String(36)),
+    Column("lease_until", Double),
+    # Of the current or last attempt.
+    Column("worker_id", String(255)),
+    # Due from here on.
+    Column("run_at", Double, nullable=False),
+    # Not to be started, not to be running after these.
+    Column("expires_at", Double),
+    Column("deadline", Double),
+    Column("cancel_requested_at", Double),
+    # When and how often a hint was sent; no time means that one is owed.
+    Column("published_at", Double),
+    Column("publish_no", Integer, nullable=False, server_default="0"),
+    Column("idempotency_key", String(255)),
+    # What a job belongs to: one submit of many, one run of a review or backfill, one line of a file.
+    Column("batch_id", String(64)),
+    Column("run_id", String(64)),
+    Column("custom_id", String(512)),
+    # A newer generation of the same run supersedes the older ones.
+    Column("generation", Integer, nullable=False, server_default="0"),
+    # Sorted JSON object of strings.
+    Column("labels", Text, nullable=False, server_default="{}"),
+    # Of the last attempt that ended with an error.
+    Column("error_code", String(64)),
+    Column("error_message", Text),
+    Column("created_at", Double, nullable=False),
+    # When the current or last attempt was claimed; when the job came to a final state.
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    UniqueConstraint("tenant", "idempotency_key", name="uq_jobs_tenant_idempotency_key"),
+    CheckConstraint(f"state IN ({_words(frozenset(JobState))})", name="ck_jobs_state"),
+    CheckConstraint("priority BETWEEN 0 AND 9", name="ck_jobs_priority"),
+    CheckConstraint("attempt >= 0 AND attempt <= max_attempts", name="ck_jobs_attempt"),
+    CheckConstraint(
+        "(state = 'running') = (lease_id IS NOT NULL AND lease_until IS NOT NULL)", name="ck_jobs_lease"
+    ),
+    CheckConstraint(
+        f"(state IN ({_words(FINAL_STATES)})) = (finished_at IS NOT NULL)", name="ck_jobs_finished"
+    ),
+)
+
+_QUEUED = text("state = 'queued'")
+_RUNNING = text("state = 'running'")
+# claim_next, due, queues_with_work.
+Index(
+    "ix_jobs_queued",
+    jobs.c.queue,
+    jobs.c.priority,
+    jobs.c.id,
+    sqlite_where=_QUEUED,
+    postgresql_where=_QUEUED,
+)
+# expire_due.
+Index("ix_jobs_queued_expires", jobs.c.expires_at, sqlite_where=_QUEUED, postgresql_where=_QUEUED)
+Index("ix_jobs_queued_deadline", jobs.c.deadline, sqlite_where=_QUEUED, postgresql_where=_QUEUED)
+# reap.
+Index("ix_jobs_running_lease", jobs.c.lease_until, sqlite_where=_RUNNING, postgresql_where=_RUNNING)
+# list and count_by_state.
+Index("ix_jobs_state", jobs.c.state, jobs.c.id)
+Index("ix_jobs_batch", jobs.c.batch_id, jobs.c.id)
+
+results = Table(
+    "results",
+    metadata,
+    Column("job_id", String(36), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("attempt", Integer, nullable=False),
+    # The whole `Result`.
+    Column("payload", Text, nullable=False),
+    # Copies of some of its fields, for reports. Of the first candidate: `finish_reason`.
+    Column("model", String(64), nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    Column("finish_reason", String(16), nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    # (job_id, attempt) is no key: release and requeue give numbers out again.
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("job_id", String(36), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    # One lease is one attempt: a second ending of the same one is refused by the database.
+    Column("lease_id", String(36), nullable=False),
+    Column("worker_id", String(255), nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("ended_at", Double, nullable=False),
+    # The move that ended it.
+    Column("outcome", String(16), nullable=False),
+    Column("error_code", String(64)),
+    Column("error_message", Text),
+    UniqueConstraint("lease_id", name="uq_attempts_lease_id"),
+    Index("ix_attempts_job", "job_id", "id"),
+)
+
+#: Written by the migrations.
+revisions = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
+
+
+def state_is(*states: JobState) -> ColumnElement[bool]:
+    """Return the condition that a job is in one of `states`.
+
+    The words are written into the statement: with bound parameters neither database would use the
+    partial indexes.
+    """
+    return or_(*(jobs.c.state == literal(state.value, literal_execute=True) for state in states))
+
+
+def is_due() -> ColumnElement[bool]:
+    """Return the condition that a job may be started now, by the database's clock."""
+    return and_(
+        state_is(JobState.QUEUED),
+        jobs.c.run_at <= now(),
+        jobs.c.cancel_requested_at.is_(None),
+        jobs.c.attempt < jobs.c.max_attempts,
+        or_(jobs.c.expires_at.is_(None), jobs.c.expires_at > now()),
+        or_(jobs.c.deadline.is_(None), jobs.c.deadline > now()),
+    )

@@ -1,0 +1,99 @@
+"""Keep the leases of running jobs alive, and stop a job whose lease is gone.
+
+Owns: the heartbeat thread and what its answers mean. Does not know how text is made or stored; it
+only cancels tokens. Times are this process's monotonic clock and the database's own: never both.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from codeherd_schema.errors import DatabaseUnavailable
+from codeherd_schema.store import Store
+from codeherd_worker.engine.stopping import CancelReason
+from codeherd_worker.running import Run, Running
+
+logger = logging.getLogger(__name__)
+
+#: Share of the lease after which an unconfirmed claim is given up: the reaper must never be first.
+SAFE_SHARE = 0.8
+
+
+class Heartbeat:
+    """One statement per beat for all claims of the process, from a thread of its own."""
+
+    def __init__(
+        self,
+        store: Store,
+        running: Running,
+        *,
+        lease_s: float,
+        heartbeat_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; `start` begins to beat."""
+        self._store = store
+        self._running = running
+        self._lease_s = lease_s
+        self._heartbeat_s = heartbeat_s
+        self._clock = clock
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop beating; what still runs loses its lease in time."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def safe_until(self, asked_at: float) -> float:
+        """Return until when a lease holds for sure that was asked for at `asked_at`."""
+        return asked_at + self._lease_s * SAFE_SHARE
+
+    def beat(self) -> None:
+        """Renew every lease once, and act on the answers."""
+        runs = self._running.claimed()
+        if not runs:
+            return
+        asked_at = self._clock()
+        claims = {run.claim.lease_id: (run, run.claim) for run in runs if run.claim is not None}
+        try:
+            beats = self._store.heartbeat([claim for _, claim in claims.values()], lease_s=self._lease_s)
+        except DatabaseUnavailable as err:
+            logger.warning("heartbeat_failed claims=%d reason=%s", len(claims), err)
+            self._give_up_overdue([run for run, _ in claims.values()])
+            return
+        for lease_id, (run, claim) in claims.items():
+            beat = beats.get(lease_id)
+            if beat is None:
+                # Also true for a job that was committed a moment ago: its token no longer matters.
+                run.token.cancel(CancelReason.LEASE_LOST)
+                continue
+            run.safe_until = self.safe_until(asked_at)
+            if beat.cancel_requested:
+                logger.info("job_cancel_noticed job_id=%s", claim.job.id)
+                run.token.cancel(CancelReason.USER)
+            elif beat.deadline_passed:
+                run.token.cancel(CancelReason.DEADLINE)
+
+    def _give_up_overdue(self, runs: list[Run]) -> None:
+        now = self._clock()
+        for run in runs:
+            if run.claim is not None and now >= run.safe_until:
+                logger.error("lease_given_up job_id=%s", run.claim.job.id)
+                run.token.cancel(CancelReason.LEASE_LOST)
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._heartbeat_s):
+            try:
+                self.beat()
+            except Exception:
+                # A beat that fails for a new reason must not end all later beats.
+                logger.exception("heartbeat_broken")

@@ -1,0 +1,186 @@
+"""Everything one worker process holds, opened and closed in order.
+
+Owns: what is loaded before the first job, what runs beside the jobs, how a stop proceeds. Does not
+know Celery: `codeherd_worker.app` starts it, `codeherd_worker.pool` tells it when to drain and close.
+
+    open:  store -> weights -> tokenizer -> engine (warmed up) -> heartbeat, rescuer, watchdog
+    drain: take no more jobs -> let the running ones finish -> release what is left
+    close: watchdog, rescuer, heartbeat -> engine -> broker, store
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codeherd_schema.broker import Broker, queue_name
+from codeherd_schema.errors import ModelFilesInvalid
+from codeherd_schema.models import ModelTable, ServedModel
+from codeherd_schema.store import Store
+from codeherd_worker.device import Device
+from codeherd_worker.engine.engine import Engine, EngineSettings
+from codeherd_worker.engine.loading import load_model
+from codeherd_worker.engine.stopping import CancelReason
+from codeherd_worker.engine.vocabulary import Vocabulary, verify
+from codeherd_worker.lease import Heartbeat
+from codeherd_worker.memory import slot_length
+from codeherd_worker.rescuer import Rescuer
+from codeherd_worker.runner import Generator, Runner
+from codeherd_worker.running import Running
+from codeherd_worker.settings import WorkerSettings
+from codeherd_worker.telemetry import engine_figures
+from codeherd_worker.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+#: Where the embedded model lies.
+EMBEDDED_FOLDER = Path(__file__).parent / "tiny"
+#: Seconds between two looks at whether the drain is over.
+DRAIN_CHECK_S = 0.1
+#: Exit status after the engine broke: the launcher starts the process anew.
+ENGINE_BROKEN_STATUS = 70
+
+
+class WorkerProcess:
+    """One process, one device group, one model."""
+
+    def __init__(self, settings: WorkerSettings, *, name: str, device: Device) -> None:
+        """Look up the model; load nothing yet.
+
+        Args:
+            settings: this worker's settings.
+            name: the worker's name before the `@`.
+            device: `cpu`, `cuda` or `cuda-group`; the process is pinned already.
+
+        Raises:
+            UnknownModel: the model table has no such model.
+            BrokerUnavailable, DatabaseUnavailable: never here, but from `open`.
+        """
+        self.settings = settings
+        self.model: ServedModel = ModelTable.from_file(settings.models_file).find(settings.worker_model)
+        self.queue = queue_name(self.model.name)
+        self.worker_id = f"{name}@{socket.gethostname()}"
+        self.running = Running()
+        #: Set by a second stop signal: do not wait for the drain.
+        self.hurry = False
+        #: What the process ends with when Celery has no other wish.
+        self.exit_status = 0
+        self._device = device
+        self._drained = threading.Event()
+        self._stack = contextlib.ExitStack()
+
+    def open(self) -> None:
+        """Load, check and warm up everything; the first job may come after this.
+
+        Raises:
+            SchemaOutdated, ModelFilesInvalid, TokenizerMismatch, InvalidSetting, OutOfMemory,
+            DatabaseUnavailable: the process must not take jobs.
+        """
+        settings = self.settings
+        stack = self._stack
+        store = Store.open(settings.database, max_attempts=settings.max_attempts)
+        stack.callback(store.close)
+        store.check_schema()
+        broker = Broker(settings)
+        stack.callback(broker.close)
+        if self._device == "cpu":
+            torch.set_num_threads(settings.worker_threads or max(1, (os.cpu_count() or 1)))
+        generator = self._load()
+        stack.callback(generator.engine.close)
+        self._engine = generator.engine
+        self._runner = Runner(
+            store=store,
+            broker=broker,
+            generator=generator,
+            running=self.running,
+            worker_id=self.worker_id,
+            lease_s=settings.lease_s,
+        )
+        heartbeat = Heartbeat(store, self.running, lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s)
+        rescuer = Rescuer(store, interval_s=settings.reap_interval_s, max_crashes=settings.max_crashes)
+        watchdog = Watchdog(
+            generator.engine, step_timeout_s=settings.worker_step_timeout_s, on_broken=self._engine_broke
+        )
+        for part in (heartbeat, rescuer, watchdog):
+            part.start()
+            stack.callback(part.close)
+
+    def run(self, job_id: str) -> dict[str, Any]:
+        """Run one job on the calling pool thread; see `Runner.run`."""
+        return self._runner.run(job_id)
+
+    def cancel(self, job_id: str) -> bool:
+        """Stop one job if it runs here: SQL says already that somebody wants it stopped."""
+        return self.running.cancel_job(job_id, CancelReason.USER)
+
+    def terminate(self, ident: int) -> None:
+        """Stop what runs on one pool thread, as an operator asked."""
+        self.running.cancel_thread(ident, CancelReason.OPERATOR)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the engine's figures for `engine_stats`."""
+        return engine_figures(self._engine, worker_id=self.worker_id, model=self.model.name, queue=self.queue)
+
+    def drain(self) -> None:
+        """Take no more jobs, and release what still runs when the drain's time is over."""
+        self._runner.draining = True
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+    def close(self) -> None:
+        """Close everything that is open, last opened first."""
+        self._drained.set()
+        self._stack.close()
+
+    def _load(self) -> Generator:
+        settings, model = self.settings, self.model
+        source = str(EMBEDDED_FOLDER) if model.source == "embedded" else model.source
+        started = time.monotonic()
+        loaded = load_model(
+            source,
+            quantization=settings.worker_quantization,
+            device=self._device,
+            slots=settings.worker_slots,
+        )
+        vocabulary = Vocabulary.from_folder(loaded.folder)
+        verify(vocabulary)
+        if model.infilling and not vocabulary.can_infill:
+            raise ModelFilesInvalid(
+                f"model `{model.name}` is listed as able to infill, its tokenizer has no infilling tokens",
+                hint="set `infilling = false` in its entry of the models file, or use the base 7B or 13B",
+            )
+        max_len = slot_length(model, loaded, settings)
+        engine = Engine(
+            loaded.model,
+            EngineSettings(
+                slots=settings.worker_slots, max_len=max_len, prefill_chunk=settings.worker_prefill_chunk
+            ),
+        )
+        engine.warm_up()
+        engine.start()
+        logger.info(
+            "model_ready model=%s quantization=%s device=%s slots=%d max_len=%d cache_bytes=%d load_s=%.1f",
+            model.name, loaded.quantization, loaded.device, settings.worker_slots, max_len,
+            engine.stats().cache_bytes, time.monotonic() - started,
+        )  # fmt: skip
+        return Generator(model=model, loaded=loaded, vocabulary=vocabulary, engine=engine)
+
+    def _drain(self) -> None:
+        end = time.monotonic() + self.settings.worker_drain_timeout_s
+        while not self.hurry and time.monotonic() < end and self.running.claimed():
+            if self._drained.wait(DRAIN_CHECK_S):
+                return
+        released = self.running.cancel_all(CancelReason.DRAIN)
+        logger.info("drained released=%d", released)
+
+    def _engine_broke(self) -> None:
+        self.exit_status = ENGINE_BROKEN_STATUS
+        self._runner.draining = True
+        os.kill(os.getpid(), 15)

@@ -1,0 +1,288 @@
+"""Run one job: claim it, generate, store the outcome. The one place where errors become outcomes.
+
+Owns: the order of the steps, and which failure leads to which move of the job. Does not know Celery
+(`codeherd_worker.app`), SQL (`codeherd_schema.store`) or tensors (`codeherd_worker.engine`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import random  # jitter only: never for tokens
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from codeherd_schema.broker import Broker
+from codeherd_schema.errors import BrokerUnavailable, CodeherdError, DatabaseUnavailable, EngineFailed
+from codeherd_schema.models import ServedModel
+from codeherd_schema.requests import Request, Sampling
+from codeherd_schema.results import Candidate, FinishReason, Result, Timings
+from codeherd_schema.store import Claim, Commit, Store
+from codeherd_worker.engine.detokenize import Detokenizer
+from codeherd_worker.engine.engine import Engine, SequenceOutcome, SequenceRequest
+from codeherd_worker.engine.loading import LoadedModel
+from codeherd_worker.engine.prompts import Prompt, build_prompt
+from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.stopping import CancelReason, Stopper
+from codeherd_worker.engine.vocabulary import Vocabulary
+from codeherd_worker.lease import SAFE_SHARE
+from codeherd_worker.running import Run, Running
+from codeherd_worker.telemetry import job_summary, no_result
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two tries to store an outcome while the database is away.
+STORE_RETRY_S = 0.5
+#: Longest wait before another attempt of a job, in seconds.
+MAX_BACKOFF_S = 60.0
+
+
+class JobEnded(CodeherdError):
+    """The job ended without a result."""
+
+    code = "job_ended"
+
+
+class OperatorStopped(CodeherdError):
+    """An operator terminated the task."""
+
+    code = "operator_stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """Everything that turns a request into text: loaded once, shared by all threads."""
+
+    model: ServedModel
+    loaded: LoadedModel
+    vocabulary: Vocabulary
+    engine: Engine
+
+
+class Runner:
+    """Runs jobs on the pool's threads, one per call."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        broker: Broker,
+        generator: Generator,
+        running: Running,
+        worker_id: str,
+        lease_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Wire the parts together; nothing starts."""
+        self._store = store
+        self._broker = broker
+        self._generator = generator
+        self._running = running
+        self._worker_id = worker_id
+        self._lease_s = lease_s
+        self._clock = clock
+        self._pause = threading.Event()
+        self.draining = False
+
+    def run(self, job_id: str) -> dict[str, Any]:
+        """Run the job if it can be claimed, and say what happened in a few words.
+
+        Raises:
+            JobEnded: the job failed, expired or goes to another attempt; already stored.
+            OperatorStopped: the job was terminated from outside; already stored.
+            DatabaseUnavailable: the claim could not be made; the job stays queued.
+        """
+        if self.draining:
+            return no_result(job_id, "draining")
+        run = self._running.current()
+        asked_at = self._clock()
+        claim = self._store.claim(job_id, worker_id=self._worker_id, lease_s=self._lease_s)
+        if claim is None:
+            logger.debug("hint_dropped job_id=%s", job_id)
+            return no_result(job_id, "not claimable")
+        run.safe_until = asked_at + self._lease_s * SAFE_SHARE
+        run.claim = claim
+        logger.info(
+            "job_claimed job_id=%s kind=%s attempt=%d queue_wait_s=%.3f",
+            job_id, claim.job.kind, claim.attempt, claim.queue_s,
+        )  # fmt: skip
+        return self._attempt(run, claim, asked_at)
+
+    def _attempt(self, run: Run, claim: Claim, claimed_at: float) -> dict[str, Any]:
+        try:
+            request = claim.job.request
+            prompt = build_prompt(request, self._generator.vocabulary, self._generator.model)
+            outcomes = self._generate(run, claim, request.sampling, prompt, request.priority)
+        except CodeherdError as err:
+            return self._failed(run, claim, err)
+        except Exception as err:
+            # Whatever else breaks, breaks this attempt alone; the log holds the trace.
+            logger.exception("attempt_broken job_id=%s attempt=%d", claim.job.id, claim.attempt)
+            return self._failed(run, claim, EngineFailed(f"unexpected {type(err).__name__}"))
+        stopped = next((o.cancelled for o in outcomes if o.cancelled is not None), None)
+        if stopped is not None:
+            return self._stopped(run, claim, stopped)
+        result = self._result(claim, request, prompt, outcomes, self._clock() - claimed_at)
+        return self._succeeded(run, claim, result)
+
+    def _generate(
+        self, run: Run, claim: Claim, sampling: Sampling, prompt: Prompt, priority: int
+    ) -> list[SequenceOutcome]:
+        deadline = None if claim.deadline_in_s is None else self._clock() + claim.deadline_in_s
+        futures: list[Future[SequenceOutcome]] = []
+        try:
+            for seed in candidate_seeds(sampling, claim.job.id):
+                sequence = SequenceRequest(
+                    prompt_ids=prompt.token_ids,
+                    sampling=SamplingParams(
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        top_k=sampling.top_k,
+                        repetition_penalty=sampling.repetition_penalty,
+                        seed=seed,
+                    ),
+                    stopper=Stopper(
+                        stop_ids=prompt.stop_ids,
+                        stop_strings=prompt.stop_strings,
+                        max_new_tokens=sampling.max_new_tokens,
+                        detokenizer=Detokenizer(
+                            self._generator.vocabulary,
+                            strip_first_space=prompt.strip_first_space,
+                            newline=prompt.newline,
+                        ),
+                    ),
+                    cancel=run.token,
+                    deadline=deadline,
+                    priority=priority,
+                )
+                futures.append(self._generator.engine.submit(sequence))
+            return [future.result() for future in futures]
+        except BaseException:
+            # One candidate failed: the others would only hold slots.
+            run.token.cancel(CancelReason.ABANDONED)
+            raise
+
+    def _result(
+        self, claim: Claim, request: Request, prompt: Prompt, outcomes: list[SequenceOutcome], total_s: float
+    ) -> Result:
+        generator = self._generator
+        seeds = candidate_seeds(request.sampling, claim.job.id)
+        return Result(
+            job_id=claim.job.id,
+            attempt=claim.attempt,
+            candidates=tuple(
+                Candidate(
+                    index=index,
+                    text=outcome.text,
+                    finish_reason=FinishReason(str(outcome.finish_reason)),
+                    completion_tokens=outcome.completion_tokens,
+                    stop_string=outcome.stop_string,
+                    seed=seeds[index],
+                )
+                for index, outcome in enumerate(outcomes)
+            ),
+            prompt_tokens=len(prompt.token_ids),
+            completion_tokens=sum(o.completion_tokens for o in outcomes),
+            cut=prompt.cut,
+            model=generator.model.name,
+            model_revision=generator.loaded.revision,
+            quantization=generator.loaded.quantization,
+            engine_fingerprint=generator.engine.fingerprint,
+            worker_id=self._worker_id,
+            timings=Timings(
+                queue_s=max(claim.queue_s, 0.0),
+                admit_s=min(o.queue_s for o in outcomes),
+                prefill_s=max(o.prefill_s for o in outcomes),
+                decode_s=max(o.decode_s for o in outcomes),
+                total_s=total_s,
+            ),
+            created_at=datetime.now(UTC),
+        )
+
+    def _succeeded(self, run: Run, claim: Claim, result: Result) -> dict[str, Any]:
+        commit = self._commit(run, claim, lambda: self._store.succeed(claim, result), "succeeded")
+        return job_summary(result) if commit is not Commit.LOST else no_result(claim.job.id, "lease lost")
+
+    def _stopped(self, run: Run, claim: Claim, reason: CancelReason) -> dict[str, Any]:
+        job_id = claim.job.id
+        match reason:
+            case CancelReason.USER:
+                self._commit(run, claim, lambda: self._store.cancel_running(claim), "cancelled")
+                return no_result(job_id, "cancelled")
+            case CancelReason.OPERATOR:
+                self._commit(run, claim, lambda: self._store.cancel_running(claim), "cancelled")
+                raise OperatorStopped
+            case CancelReason.DEADLINE:
+                self._commit(run, claim, lambda: self._store.expire_running(claim), "expired")
+                raise JobEnded(f"job {job_id} passed its deadline")
+            case CancelReason.DRAIN:
+                self._commit(run, claim, lambda: self._store.release(claim), "released")
+                return no_result(job_id, "released")
+            case _:
+                logger.warning("attempt_dropped job_id=%s reason=%s", job_id, reason)
+                return no_result(job_id, str(reason))
+
+    def _failed(self, run: Run, claim: Claim, err: CodeherdError) -> dict[str, Any]:
+        # A token that was cancelled meanwhile says more than the error that followed from it.
+        reason = run.token.reason
+        if reason is not None and reason is not CancelReason.ABANDONED:
+            return self._stopped(run, claim, reason)
+        if err.retryable:
+            delay_s = backoff_s(claim.attempt)
+            move = "to be retried"
+            self._commit(
+                run, claim,
+                lambda: self._store.retry(claim, code=err.code, message=err.message, delay_s=delay_s),
+                move,
+            )  # fmt: skip
+        else:
+            move = "failed"
+            self._commit(
+                run, claim, lambda: self._store.fail(claim, code=err.code, message=err.message), move
+            )
+        raise JobEnded(f"job {claim.job.id} {move}: {err.message} [{err.code}]") from err
+
+    def _commit(self, run: Run, claim: Claim, move: Callable[[], Commit], outcome: str) -> Commit:
+        """Store an outcome, trying as long as the lease surely holds; then another worker runs the job."""
+        while True:
+            try:
+                commit = move()
+                break
+            except DatabaseUnavailable as err:
+                if self._clock() >= run.safe_until:
+                    logger.error("outcome_lost job_id=%s outcome=%s reason=%s", claim.job.id, outcome, err)
+                    commit = Commit.LOST
+                    break
+                self._pause.wait(STORE_RETRY_S)
+        # From here the heartbeat must not renew, nor miss, a lease that is given back.
+        run.claim = None
+        logger.info(
+            "job_stored job_id=%s attempt=%d outcome=%s commit=%s",
+            claim.job.id, claim.attempt, outcome.replace(" ", "_"), commit,
+        )  # fmt: skip
+        with contextlib.suppress(BrokerUnavailable):
+            self._broker.announce(claim.job.id)
+        return commit
+
+
+def candidate_seeds(sampling: Sampling, job_id: str) -> tuple[int, ...]:
+    """Return one seed per candidate: the request's own first, or one derived from the job's id."""
+    first = sampling.seed if sampling.seed is not None else uuid.UUID(job_id).int & (2**63 - 1)
+    return (first, *(_derived(first, index) for index in range(1, sampling.n)))
+
+
+def backoff_s(attempt: int, jitter: Callable[[float, float], float] = random.uniform) -> float:
+    """Return the seconds to wait before the attempt after `attempt`: doubling, with jitter."""
+    return jitter(0.5, 1.0) * min(MAX_BACKOFF_S, 2.0**attempt)
+
+
+def _derived(seed: int, index: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") & (2**63 - 1)
