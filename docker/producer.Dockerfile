@@ -30,7 +30,6 @@ ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="codeherd-producer" \
       org.opencontainers.image.description="Submits code generation jobs, hands them to workers, shows them in Flower" \
-      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 RUN groupadd --gid 10001 codeherd \
@@ -38,6 +37,7 @@ RUN groupadd --gid 10001 codeherd \
     && install --directory --owner codeherd --group codeherd /var/lib/codeherd
 COPY --from=dependencies /opt/codeherd /opt/codeherd
 COPY --from=package /package /
+COPY docker/healthcheck.py /opt/healthcheck.py
 ENV PATH=/opt/codeherd/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -45,7 +45,8 @@ ENV PATH=/opt/codeherd/bin:$PATH \
 USER 10001:10001
 WORKDIR /var/lib/codeherd
 STOPSIGNAL SIGTERM
-# Whatever runs here needs the database and the broker; compose.yaml asks more of each service.
-HEALTHCHECK --interval=30s --timeout=20s --start-period=30s --retries=3 CMD ["codeherd", "doctor"]
+# compose.yaml asks Flower something else.
+HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=3 \
+    CMD ["python", "/opt/healthcheck.py", "dispatcher"]
 ENTRYPOINT ["codeherd"]
 CMD ["--help"]

@@ -19,10 +19,11 @@ from click.shell_completion import shell_complete
 
 from codeherd_producer.commands import failures
 from codeherd_producer.commands.failures import ExitCode
+from codeherd_producer.commands.help_text import Noun
 
 #: Command, the module and name of it below `codeherd_producer.commands`, and its line in `--help`.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "submit": ("submit:submit", "Queue a job and print its id"),
+    "submit": ("submit:submit", "Queue jobs and print their ids"),
     "status": ("jobs:status", "Show where jobs are in their life"),
     "result": ("jobs:result", "Print what a finished job gave"),
     "wait": ("jobs:wait", "Wait until jobs have ended"),
@@ -45,7 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _COMPLETE_VARIABLE = "_CODEHERD_COMPLETE"
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Noun):
     """A group whose commands are imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -71,7 +72,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Settings come from CODEHERD_* variables, `pyproject.toml` and the user's file: `codeherd config show`.",
+    epilog="`codeherd config show` lists the settings and where they come from.",
 )
 @click.option(
     "--data-dir",
@@ -85,7 +86,6 @@ class LazyGroup(click.Group):
 def codeherd(ctx: click.Context, data_dir: Path | None, quiet: bool, no_color: bool) -> None:
     """Background code generation with Code Llama.
 
-    \b
     codeherd up                                       a whole stack, here
     codeherd submit generate "def fib(n):" --wait     continue a text
     codeherd submit infill @file_with_FILL_ME.py      fill a hole; prints the job's id
@@ -100,11 +100,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status. Every error ends here."""
     as_json = "--json" in arguments
     try:
-        with codeherd.make_context("codeherd", list(arguments)) as ctx:
-            codeherd.invoke(ctx)
-        failures.flush()
-    except click.exceptions.Exit as err:
-        return err.exit_code
+        return _invoke(arguments)
     except click.exceptions.NoArgsIsHelpError as err:
         click.echo(err.format_message(), err=True)
         return ExitCode.USAGE
@@ -114,9 +110,20 @@ def run(arguments: Sequence[str]) -> int:
         # Whatever is still buffered has no reader; the interpreter must not try again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.READER_GONE
-    except Exception as err:  # noqa: BLE001 -- the last line of defence against a trace
+    except Exception as err:
         return failures.report(err, as_json=as_json)
-    return ExitCode.OK
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    code = int(ExitCode.OK)
+    try:
+        with codeherd.make_context("codeherd", list(arguments)) as ctx:
+            codeherd.invoke(ctx)
+    except click.exceptions.Exit as err:
+        code = err.exit_code
+    # While a broken pipe can still be answered.
+    sys.stdout.flush()
+    return code
 
 
 def main() -> NoReturn:

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from codeherd_producer.commands.failures import ExitCode
 from codeherd_producer.embedded import answers, find_redis_server, server_command, socket_path
 from codeherd_producer.processes import Child, Command
 from codeherd_schema.broker import Broker
@@ -35,7 +34,7 @@ REDIS_START_S: Final = 60.0
 #: Seconds for a process to end; a worker bounds its own drain.
 GRACE_S: Final = 10.0
 #: Statuses of our own commands that come from a wrong setting or option.
-WRONG_USE: Final = frozenset({ExitCode.USAGE})
+WRONG_USE: Final = frozenset({2})
 #: The worker's launcher restarts its processes itself: it ends only when that is hopeless.
 WORKER_HOPELESS: Final = frozenset({1, 2})
 
@@ -70,7 +69,7 @@ class Stack:
         self._children: list[Child] = []
         self._signals = 0
 
-    def run(self, upgrade: Callable[[], None]) -> None:
+    def run(self, upgrade: Callable[[], object]) -> None:
         """Start everything, keep it alive until SIGINT or SIGTERM, then stop it in order.
 
         Args:
@@ -86,7 +85,7 @@ class Stack:
             finally:
                 self._stop()
 
-    def _start(self, wait: Callable[[float], None], upgrade: Callable[[], None]) -> None:
+    def _start(self, wait: Callable[[float], None], upgrade: Callable[[], object]) -> None:
         if self._redis is not None:
             self._add(self._redis)
             self._await_redis(wait)
@@ -173,13 +172,15 @@ class Stack:
         return Command("redis", arguments, self._environment, GRACE_S)
 
     def _commands(self) -> list[Command]:
-        own = (sys.executable, "-m", "codeherd_producer.cli")
+        # `-P` keeps the current folder off the path: it may hold anybody's modules.
+        python = (sys.executable, "-P", "-m")
+        own = (*python, "codeherd_producer.cli")
         commands = [Command("dispatcher", (*own, "dispatcher"), self._environment, GRACE_S, WRONG_USE)]
         if self._plan.flower:
             environment = self._flower_environment()
             commands.append(Command("flower", (*own, "flower"), environment, GRACE_S, WRONG_USE))
         for number in range(self._plan.workers):
-            arguments = (sys.executable, "-m", "codeherd_worker", *self._plan.worker_arguments)
+            arguments = (*python, "codeherd_worker", *self._plan.worker_arguments)
             if self._plan.workers > 1:
                 arguments += ("--name", f"up{number}")
             commands.append(Command(f"worker {number}", arguments, self._environment, None, WORKER_HOPELESS))

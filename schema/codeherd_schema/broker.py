@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import kombu
 from celery import Celery
@@ -265,8 +265,8 @@ class Broker:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
-        timeout_s = self._settings.connect_timeout_s
-        with self._reachable(), self._pool.acquire(block=True, timeout=timeout_s) as connection:
+        # Other threads' turns are waited for longer than Redis: a busy broker is not one that is away.
+        with self._reachable(), self._pool.acquire(block=True, timeout=SOCKET_TIMEOUT_S) as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -306,6 +306,12 @@ class Endings:
         """Take over both; `close` gives them back."""
         self._connection = connection
         self._pubsub = pubsub
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def wait(self, timeout_s: float) -> frozenset[str]:
         """Return ids of jobs that ended, as soon as there is one; empty after `timeout_s` seconds.

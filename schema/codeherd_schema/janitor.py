@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, or_, select, update
+from sqlalchemy import Connection, Row, and_, or_, select, update
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.leases import end_attempt
@@ -86,8 +86,11 @@ class Janitor:
         statement = (
             update(jobs)
             .where(
-                state_is(JobState.QUEUED),
-                or_(jobs.c.expires_at <= now(), jobs.c.deadline <= now()),
+                # The state in both halves: else SQLite does not find the two partial indexes.
+                or_(
+                    and_(state_is(JobState.QUEUED), jobs.c.expires_at <= now()),
+                    and_(state_is(JobState.QUEUED), jobs.c.deadline <= now()),
+                )
             )
             .values(state=target(Move.EXPIRE).value, finished_at=now())
         )

@@ -117,9 +117,9 @@ def _published(size: _Size, variant: str) -> ServedModel:
 TINY = ServedModel(
     name="tiny",
     source="embedded",
-    parameters=5_900_000,
-    layers=6,
-    kv_heads=4,
+    parameters=2_557_632,
+    layers=4,
+    kv_heads=3,
     head_dim=64,
     vocab_size=4_096,
     context_window=2_048,

@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from sqlalchemy import ColumnElement, Select, and_, case, func, select, update
+from sqlalchemy import ColumnElement, Select, case, func, select, union_all, update
 
-from codeherd_schema.database import Database, clock, holds, now
+from codeherd_schema.database import Database, holds, now
 from codeherd_schema.errors import IllegalMove, JobNotFound, SchemaOutdated
 from codeherd_schema.hints import Hint, Hints
 from codeherd_schema.janitor import Janitor, Reaped
@@ -149,10 +149,14 @@ class Store(Submissions, Leases, Janitor, Hints):
         batch_id: str | None = None,
     ) -> dict[JobState, int]:
         """Return how many jobs are in each state, zeros included; filters as in `list`."""
-        statement = (
-            select(jobs.c.state, func.count().label("jobs"))
-            .where(*_filters(model=model, kind=kind, labels=labels, tenant=tenant, batch_id=batch_id))
-            .group_by(jobs.c.state)
+        filters = tuple(_filters(model=model, kind=kind, labels=labels, tenant=tenant, batch_id=batch_id))
+        # One part for each partial index, so that nothing reads the payloads.
+        parts = (jobs.c.finished_at.is_not(None), state_is(JobState.QUEUED), state_is(JobState.RUNNING))
+        statement = union_all(
+            *(
+                select(jobs.c.state, func.count().label("jobs")).where(part, *filters).group_by(jobs.c.state)
+                for part in parts
+            )
         )
         with self._database.read() as connection:
             found = {row.state: row.jobs for row in connection.execute(statement)}
@@ -160,31 +164,36 @@ class Store(Submissions, Leases, Janitor, Hints):
 
     def queue_depths(self) -> dict[str, QueueDepth]:
         """Return how each queue with queued or running jobs stands, by its name."""
-        is_queued, is_running = state_is(JobState.QUEUED), state_is(JobState.RUNNING)
-        statement = (
+        queued = (
             select(
                 jobs.c.queue,
-                func.count(case((is_queued, 1))).label("queued"),
-                func.count(case((is_running, 1))).label("running"),
-                func.min(case((and_(is_queued, jobs.c.run_at <= now()), jobs.c.run_at))).label("oldest_due"),
-                func.min(case((is_running, jobs.c.started_at))).label("oldest_start"),
+                func.count().label("jobs"),
+                (now() - func.min(case((jobs.c.run_at <= now(), jobs.c.run_at)))).label("oldest_s"),
             )
-            .where(state_is(JobState.QUEUED, JobState.RUNNING))
+            .where(state_is(JobState.QUEUED))
             .group_by(jobs.c.queue)
-            .order_by(jobs.c.queue)
+        )
+        running = (
+            select(
+                jobs.c.queue,
+                func.count().label("jobs"),
+                (now() - func.min(jobs.c.started_at)).label("oldest_s"),
+            )
+            .where(state_is(JobState.RUNNING))
+            .group_by(jobs.c.queue)
         )
         with self._database.read() as connection:
-            rows = connection.execute(statement).all()
-            now_s = clock(connection)
+            waiting = {row.queue: row for row in connection.execute(queued)}
+            held = {row.queue: row for row in connection.execute(running)}
         return {
-            row.queue: QueueDepth(
-                queue=row.queue,
-                queued=row.queued,
-                running=row.running,
-                oldest_due_age_s=None if row.oldest_due is None else now_s - row.oldest_due,
-                oldest_lease_age_s=None if row.oldest_start is None else now_s - row.oldest_start,
+            queue: QueueDepth(
+                queue=queue,
+                queued=waiting[queue].jobs if queue in waiting else 0,
+                running=held[queue].jobs if queue in held else 0,
+                oldest_due_age_s=waiting[queue].oldest_s if queue in waiting else None,
+                oldest_lease_age_s=held[queue].oldest_s if queue in held else None,
             )
-            for row in rows
+            for queue in sorted({*waiting, *held})
         }
 
     def request_cancel(self, job_id: str) -> JobState:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Insert, delete, select
 
 from codeherd_schema.database import Database, clock, translated
 from codeherd_schema.errors import IdempotencyConflict, InvalidRequest
@@ -173,10 +172,15 @@ def _insert(connection: Connection, rows: Sequence[Mapping[str, Any]], tenant: s
     ]
 
 
-def _insert_or_leave(connection: Connection) -> postgresql.Insert | sqlite.Insert:
+def _insert_or_leave(connection: Connection) -> Insert:
     keys = [jobs.c.tenant, jobs.c.idempotency_key]
+    # Imported here, since importing a dialect takes longer than a submit and only one is needed.
     if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql
+
         return postgresql.insert(jobs).on_conflict_do_nothing(index_elements=keys)
+    from sqlalchemy.dialects import sqlite
+
     return sqlite.insert(jobs).on_conflict_do_nothing(index_elements=keys)
 
 

@@ -5,12 +5,16 @@ Owns: how Celery's words map to ours. Does not run anything itself: `codeherd_wo
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+import warnings
 from typing import Any
 
 from celery import Celery, Task
 from celery.apps.worker import Worker
 from celery.exceptions import Ignore
+from celery.platforms import SecurityWarning
 from celery.worker import state
 from celery.worker.control import control_command, inspect_command
 
@@ -19,6 +23,8 @@ from codeherd_schema.errors import CodeherdError
 from codeherd_schema.requests import JobKind
 from codeherd_worker.process import WorkerProcess
 from codeherd_worker.runner import OperatorStopped
+
+logger = logging.getLogger(__name__)
 
 
 def worker_app(process: WorkerProcess) -> Celery:
@@ -59,6 +65,15 @@ def engine_stats(panel: Any) -> dict[str, Any]:
 class HerdWorker(Worker):
     """Celery's worker with our signals: the first asks for a bounded drain, the second for none."""
 
+    def on_consumer_ready(self, consumer: Any) -> None:
+        """Say that jobs may come."""
+        super().on_consumer_ready(consumer)
+        logger.info("worker_ready worker=%s queue=%s", self.hostname, self.app.codeherd.queue)
+
+    def setup_logging(self, colorize: bool | None = None) -> bool:
+        """Leave logging as the entry point has configured it."""
+        return True
+
     def install_platform_tweaks(self, worker: Any) -> None:
         """Install our handlers in place of Celery's warm and cold shutdown."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
@@ -76,6 +91,10 @@ class HerdWorker(Worker):
 
 def run_worker(process: WorkerProcess) -> int:
     """Consume until asked to stop; return the exit status."""
+    if os.geteuid() == 0:
+        # Celery says the same in eight lines.
+        warnings.filterwarnings("ignore", category=SecurityWarning)
+        logger.warning("running_as_root worker=%s use=an_unprivileged_user", process.worker_id)
     worker = HerdWorker(
         app=worker_app(process),
         hostname=process.worker_id,

@@ -62,7 +62,6 @@ class WorkerProcess:
 
         Raises:
             UnknownModel: the model table has no such model.
-            BrokerUnavailable, DatabaseUnavailable: never here, but from `open`.
         """
         self.settings = settings
         self.model: ServedModel = ModelTable.from_file(settings.models_file).find(settings.worker_model)
@@ -82,7 +81,7 @@ class WorkerProcess:
 
         Raises:
             SchemaOutdated, ModelFilesInvalid, TokenizerMismatch, InvalidSetting, OutOfMemory,
-            DatabaseUnavailable: the process must not take jobs.
+            DatabaseUnavailable, BrokerUnavailable: the process must not take jobs.
         """
         settings = self.settings
         stack = self._stack
@@ -91,6 +90,7 @@ class WorkerProcess:
         store.check_schema()
         broker = Broker(settings)
         stack.callback(broker.close)
+        _check_broker(broker)
         if self._device == "cpu":
             torch.set_num_threads(settings.worker_threads or max(1, (os.cpu_count() or 1)))
         generator = self._load()
@@ -184,3 +184,10 @@ class WorkerProcess:
         self.exit_status = ENGINE_BROKEN_STATUS
         self._runner.draining = True
         os.kill(os.getpid(), 15)
+
+
+def _check_broker(broker: Broker) -> None:
+    facts = broker.check()
+    if facts["maxmemory_policy"].startswith("allkeys"):
+        # No job is lost by it, but every evicted hint waits for the dispatcher to send it again.
+        logger.warning("redis_evicts_hints policy=%s use=noeviction", facts["maxmemory_policy"])

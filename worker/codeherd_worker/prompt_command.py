@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from pydantic import ValidationError
 
@@ -44,8 +44,8 @@ class Question(Frozen):
     count_only: bool = False
 
 
-def main(source: TextIO = sys.stdin, target: TextIO = sys.stdout) -> int:
-    """Answer the question in `source`; return the exit status."""
+def main(source: BinaryIO, target: TextIO) -> int:
+    """Answer the question in `source`, JSON in UTF-8 whatever the locale; return the exit status."""
     try:
         answer, status = {"prompts": answers(_read(source))}, 0
     except CodeherdError as err:
@@ -68,7 +68,7 @@ def answers(question: Question) -> list[dict[str, Any]]:
     return [_answer(data, vocabulary, question) for data in question.requests]
 
 
-def _read(source: TextIO) -> Question:
+def _read(source: BinaryIO) -> Question:
     try:
         return Question.model_validate_json(source.read())
     except ValidationError as err:
@@ -107,4 +107,4 @@ def _error(err: CodeherdError) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.stdin.buffer, sys.stdout))

@@ -36,11 +36,16 @@ WINDOW_CHARS, WINDOWS_PER_FILE = 2_000, 6
 #: The same summary, or the same name, teaches nothing new after so many functions.
 MAX_SAME_SUMMARY, MAX_SAME_NAME = 4, 80
 
+#: Where the first sentence of a docstring ends.
+SENTENCE_END = re.compile(r"(?<=[a-z)`'\"\]]\.)\s|\s(?=:param|Args:|Parameters|Returns:|>>>)")
+#: Marks of text that is a signature, a table or markup rather than a sentence.
+NOT_A_SENTENCE = re.compile(r"TODO|https?:|>>>|\\|\"\"\"|---|===|::|\.\. |Parameters|@|\b\w+\(.*\) ->")
+
 #: Folders that hold copies of other projects, generated code, word tables or tests.
 SKIPPED_FOLDERS = frozenset(
-    ["_vendor", "vendor", "_vendored_packages", "extern", "externals", "test", "tests", "testing", "idle_test"]
-    + ["site-packages", "pydoc_data", "lib2to3", "encodings", "lang", "lexers", "builtins", "stubs", "typeshed"]
-    + ["mypyc", "node_modules", "datasets_data", "locale", "conformance", "graph_objs", "validators"]
+    "_vendor vendor _vendored_packages extern externals site-packages lib2to3 stubs typeshed mypyc "
+    "test tests testing idle_test conformance pydoc_data encodings lang lexers builtins locale "
+    "node_modules datasets_data graph_objs validators".split()
 )
 
 
@@ -82,8 +87,9 @@ def is_held_out(path: str) -> bool:
 def find_files(root: Path) -> Iterator[Path]:
     """Yield the Python files below `root` that are worth reading, in a fixed order."""
     for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and not relative.name.startswith(("test_", "conftest")):
+        folders = path.relative_to(root).parts[:-1]
+        is_test = path.name.startswith(("test_", "conftest"))
+        if SKIPPED_FOLDERS.isdisjoint(folders) and not is_test:
             yield path
 
 
@@ -130,14 +136,14 @@ def drop_licence(text: str) -> str:
 def summarize(docstring: str) -> str:
     """Return the first sentence of a docstring, on one line; empty if it is no sentence about the function."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[a-z)`'\"\]]\.)\s|\s(?=:param|Args:|Parameters|Returns:|>>>)", paragraph)[0]
+    sentence = SENTENCE_END.split(paragraph)[0]
     words = sentence.split()
     is_plain = (
         3 <= len(words) <= 24
         and 12 <= len(sentence) <= 130
         and sentence.isascii()
         and sentence[0].isalpha()
-        and not re.search(r"TODO|https?:|>>>|\\|\"\"\"|---|===|::|\.\. |Parameters|@|\b\w+\(.*\) ->", sentence)
+        and not NOT_A_SENTENCE.search(sentence)
     )
     return sentence if is_plain else ""
 
@@ -191,9 +197,10 @@ def drop_repeats(units: Iterable[Unit]) -> Iterator[Unit]:
             continue
         seen.add(digest)
         if unit.is_function:
-            names[unit.name, bool(unit.summary)] += 1
+            name = (unit.name, bool(unit.summary))
+            names[name] += 1
             summaries[unit.summary] += bool(unit.summary)
-            if names[unit.name, bool(unit.summary)] > MAX_SAME_NAME or summaries[unit.summary] > MAX_SAME_SUMMARY:
+            if names[name] > MAX_SAME_NAME or summaries[unit.summary] > MAX_SAME_SUMMARY:
                 continue
         yield unit
 

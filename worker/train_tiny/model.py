@@ -1,4 +1,7 @@
-"""The shape of the tiny model and its first weights. A plain `LlamaForCausalLM`; nothing of data or training."""
+"""The shape of the tiny model, a plain `LlamaForCausalLM`, and its first weights.
+
+Knows the tokenizer's pieces; nothing of data or training.
+"""
 
 import re
 
@@ -44,8 +47,8 @@ def build_model(
 def related_embedding(sp: sentencepiece.SentencePieceProcessor, width: int) -> torch.Tensor:
     """Return a random embedding in which spellings of one word start close together.
 
-    `user`, `▁user`, `▁User` and `users` share parts of their vector. The words of a function's name are in its
-    docstring more often than not; with this start, to copy them does not have to be learned piece by piece.
+    `user`, `▁user`, `▁User` and `users` share parts of their vector. The words of a function's name are in
+    its docstring more often than not; with this start, copying them is not learned piece by piece.
 
     Returns: (V, width) float32.
     """

@@ -1,8 +1,8 @@
 """Train the tokenizer of the tiny model, and write it in both formats that Code Llama has.
 
 `tokenizer.model` is a SentencePiece BPE model like Llama's: byte fallback, identity normalization, a dummy
-prefix, digits apart. `tokenizer.json` has the same vocabulary and merges for the `tokenizers` library. The four
-infilling pieces stand at the end of the vocabulary as control pieces, which no text can produce.
+prefix, digits apart. `tokenizer.json` has the same vocabulary and merges for the `tokenizers` library. The
+four infilling pieces stand at the end of the vocabulary as control pieces, which no text can produce.
 
     python -m train_tiny.tokenizer --corpus corpus.jsonl --out TOKENIZER_DIR
 """
@@ -88,7 +88,7 @@ def to_fast(model: bytes) -> tokenizers.Tokenizer:
     kinds = proto.SentencePiece
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
-    bpe = models.BPE(vocab, find_merges(vocab, normal), unk_token="<unk>", fuse_unk=True, byte_fallback=True)  # noqa: S106
+    bpe = models.BPE(vocab, find_merges(vocab, normal), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     fast = tokenizers.Tokenizer(bpe)
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fast.decoder = decoders.Sequence(

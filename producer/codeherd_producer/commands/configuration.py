@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from codeherd_producer.commands.help_text import Noun
 from codeherd_producer.commands.output import print_json, print_table
 from codeherd_schema.settings import Loaded, Secret, SharedSettings, Url, load, user_file
 
@@ -32,9 +33,13 @@ def load_settings(ctx: click.Context) -> Loaded[SharedSettings]:
 
 
 def settings_of(ctx: click.Context) -> SharedSettings:
-    """Return the settings for a short command, which logs warnings only unless asked for more."""
+    """Return the settings for a short command.
+
+    It logs nothing unless asked for everything: what a user must know it says itself, and that the
+    broker is away harms no job.
+    """
     settings = load_settings(ctx).settings
-    _log_to_stderr("DEBUG" if settings.log_level == "debug" else "WARNING")
+    _log_to_stderr("DEBUG" if settings.log_level == "debug" else "ERROR")
     return settings
 
 
@@ -45,11 +50,10 @@ def service_settings(ctx: click.Context) -> SharedSettings:
     return settings
 
 
-@click.group()
+@click.group(cls=Noun)
 def config() -> None:
     """Show the settings in force.
 
-    \b
     codeherd config show
     codeherd config show --json
     """
@@ -72,9 +76,7 @@ def show(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json({"settings": {name: {"value": value, "origin": origin} for name, value, origin in rows}})
         return
-    print_table(
-        ("setting", "value", "from"), [(name, "" if v is None else str(v), o) for name, v, o in rows]
-    )
+    print_table(("setting", "value", "from"), [(name, "" if v is None else str(v), o) for name, v, o in rows])
 
 
 def _shown(value: object) -> str | int | float | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from enum import IntEnum
 
 import click
@@ -93,11 +92,6 @@ def report(err: Exception, *, as_json: bool) -> ExitCode:
     return code
 
 
-def warn(message: str) -> None:
-    """Write one note to stderr."""
-    click.echo(message, err=True)
-
-
 def _describe(err: Exception) -> tuple[ExitCode, str, str, str | None]:
     match err:
         case CodeherdError():
@@ -122,8 +116,3 @@ def _sentence(text: str) -> str:
     if text.count(". ") == 0:
         text = text.removesuffix(".")
     return text[:1].lower() + text[1:]
-
-
-def flush() -> None:
-    """Write out what stdout still holds, while a broken pipe can still be handled."""
-    sys.stdout.flush()

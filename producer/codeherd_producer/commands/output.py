@@ -13,10 +13,9 @@ from datetime import datetime
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from codeherd_schema.jobs import Job
+from codeherd_producer.commands.talk import has_color
+from codeherd_schema.jobs import Attempt, Job
 from codeherd_schema.requests import ChatRequest, GenerateRequest, InfillRequest, Request
 from codeherd_schema.results import Candidate, Result
 
@@ -35,17 +34,15 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         for row in rows:
             click.echo("\t".join(row))
         return
-    ctx = click.get_current_context(silent=True)
-    console = Console(no_color=ctx is not None and ctx.color is False)
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    # rich is for terminals: a script that reads our output must not pay for it.
+    from codeherd_producer.commands.terminal import draw_table
+
+    draw_table(header, rows, in_color=has_color())
 
 
 def print_text(text: str) -> None:
     """Write generated text to stdout as it is; a newline is added on a terminal only."""
-    stream = click.get_binary_stream("stdout")
+    stream = sys.stdout.buffer
     stream.write(text.encode())
     if sys.stdout.isatty() and not text.endswith("\n"):
         stream.write(b"\n")
@@ -86,10 +83,22 @@ def job_document(job: Job) -> dict[str, Any]:
         "started_at": _written(job.started_at),
         "finished_at": _written(job.finished_at),
         "batch_id": job.batch_id,
-        "custom_id": job.custom_id,
         "idempotency_key": job.idempotency_key,
         "labels": job.labels,
         "error": {"code": job.error_code, "message": job.error_message} if job.error_code else None,
+    }
+
+
+def attempt_document(attempt: Attempt) -> dict[str, Any]:
+    """Return one ended attempt."""
+    error = {"code": attempt.error_code, "message": attempt.error_message}
+    return {
+        "attempt": attempt.attempt,
+        "worker": attempt.worker_id,
+        "started_at": _written(attempt.started_at),
+        "ended_at": _written(attempt.ended_at),
+        "outcome": attempt.outcome,
+        "error": error if attempt.error_code else None,
     }
 
 

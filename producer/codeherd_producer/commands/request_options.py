@@ -7,6 +7,7 @@ and `codeherd prompt` alike. Does not know ranges or defaults: `codeherd_schema.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -16,7 +17,15 @@ import click
 from codeherd_producer.commands.durations import Moment
 from codeherd_producer.commands.text_sources import hole_at, read_file, read_text
 from codeherd_schema.errors import InvalidRequest
-from codeherd_schema.requests import FILL_MARKER, InfillRequest, JobKind, Overflow, Request, Sampling, parse_request
+from codeherd_schema.requests import (
+    FILL_MARKER,
+    InfillRequest,
+    JobKind,
+    Overflow,
+    Request,
+    Sampling,
+    parse_request,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
@@ -35,16 +44,17 @@ def options(*decorators: Decorator) -> Callable[[F], F]:
     return decorate
 
 
-def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
+def pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """Turn `NAME=VALUE` options into a dict: a click callback."""
+    found: dict[str, str] = {}
     for pair in given:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"`{pair}` is not written NAME=VALUE", ctx, param)
-        if name in pairs:
+        if name in found:
             raise click.BadParameter(f"`{name}` is given twice", ctx, param)
-        pairs[name] = value
-    return pairs
+        found[name] = value
+    return found
 
 
 generate_text = options(
@@ -81,19 +91,29 @@ fitting = options(
 sampling = options(
     click.option("--temperature", type=float, metavar="X", help="0 is greedy, up to 2 [0]."),
     click.option("--top-p", type=float, metavar="X", help="Keep the likeliest tokens up to this mass [1]."),
-    click.option("--top-k", type=int, metavar="N", help="Keep this many of the likeliest tokens; 0 is all [0]."),
+    click.option(
+        "--top-k", type=int, metavar="N", help="Keep this many of the likeliest tokens; 0 is all [0]."
+    ),
     click.option("--repetition-penalty", type=float, metavar="X", help="1 is off, up to 2 [1]."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
-    click.option("--seed", type=int, metavar="N", help="Same request and seed, same text [from the job's id]."),
+    click.option(
+        "--seed", type=int, metavar="N", help="Same request and seed, same text [from the job's id]."
+    ),
     click.option("-n", "--n", type=int, metavar="N", help="Candidates [1]."),
 )
 scheduling = options(
     click.option("--priority", type=int, metavar="N", help="0 runs first, 9 last [5]."),
-    click.option("--run-at", type=Moment(), metavar="TIME", help="Not started before: 10m, or 2026-05-01T09:00Z."),
+    click.option(
+        "--run-at", type=Moment(), metavar="TIME", help="Not started before: 10m, or 2026-05-01T09:00Z."
+    ),
     click.option("--expires", "expires_at", type=Moment(), metavar="TIME", help="Not started after."),
     click.option("--deadline", type=Moment(), metavar="TIME", help="Stopped if not finished by."),
-    click.option("--label", "labels", multiple=True, callback=_pairs, metavar="NAME=VALUE", help="For `ls --label`."),
-    click.option("--metadata", multiple=True, callback=_pairs, metavar="NAME=VALUE", help="Kept and given back."),
+    click.option(
+        "--label", "labels", multiple=True, callback=pairs, metavar="NAME=VALUE", help="For `ls --label`."
+    ),
+    click.option(
+        "--metadata", multiple=True, callback=pairs, metavar="NAME=VALUE", help="Kept and given back."
+    ),
     click.option("--idempotency-key", metavar="KEY", help="The same key and request give the same job."),
 )
 
@@ -107,7 +127,7 @@ def make_request(
         InvalidRequest: a text cannot be read or a value is out of range.
         NoArgsIsHelpError: no text was given and stdin is a terminal.
     """
-    stdin = click.get_binary_stream("stdin")
+    stdin = sys.stdin.buffer
     readers = {JobKind.GENERATE: _generate, JobKind.INFILL: _infill, JobKind.CHAT: _chat}
     fields: dict[str, Any] = {"kind": kind, **readers[kind](values, ctx, stdin)}
     fields["model"] = values.get("model") or default_model

@@ -89,16 +89,18 @@ def read_pieces(folder: Path) -> tuple[Piece, ...]:
     return pieces
 
 
-def pack(pieces: Iterable[Piece], *, add_dummy_prefix: bool) -> bytes:
+def pack(pieces: Iterable[Piece]) -> bytes:
     """Return the SentencePiece model of these pieces, with Llama's way to treat spaces."""
     trainer = _number(_MODEL_TYPE, _BPE) + _number(_BYTE_FALLBACK, 1)
-    normalizer = (
-        _number(_DUMMY_PREFIX, int(add_dummy_prefix))
-        + _number(_SQUEEZE_SPACES, 0)
-        + _number(_ESCAPE_SPACES, 1)
-    )
+    normalizer = _number(_DUMMY_PREFIX, 1) + _number(_SQUEEZE_SPACES, 0) + _number(_ESCAPE_SPACES, 1)
     packed = [_chunk(_PIECES, _pack_piece(piece)) for piece in pieces]
     return b"".join([*packed, _chunk(_TRAINER, trainer), _chunk(_NORMALIZER, normalizer)])
+
+
+def without_dummy_prefix(model: bytes) -> bytes:
+    """Return the same SentencePiece model, but it puts no space in front of a text."""
+    # Protobuf merges a message that comes twice; of a field that comes twice, the last one counts.
+    return model + _chunk(_NORMALIZER, _number(_DUMMY_PREFIX, 0))
 
 
 def _check(pieces: tuple[Piece, ...]) -> None:

@@ -67,7 +67,7 @@ class SlotSampler:
         self._params = [SamplingParams()] * rows
         self._temperature = torch.ones(rows, 1, device=device)
         self._is_greedy = torch.ones(rows, dtype=torch.bool, device=device)
-        self._top_p = torch.ones(rows, 1, device=device)
+        self._tail = torch.zeros(rows, 1, device=device)
         self._top_k = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._penalty = torch.ones(rows, 1, device=device)
         self._seed = torch.zeros(rows, 1, dtype=torch.int64, device=device)
@@ -80,13 +80,14 @@ class SlotSampler:
         self._params[row] = params
         self._temperature[row] = 1.0 if params.is_greedy else params.temperature
         self._is_greedy[row] = params.is_greedy
-        self._top_p[row] = params.top_p
+        # Subtracted here, in double precision, as transformers does.
+        self._tail[row] = 1 - params.top_p
         self._top_k[row] = params.top_k
         self._penalty[row] = params.repetition_penalty
         self._seed[row] = _signed(params.seed)
         self._seen[row] = False
         if params.repetition_penalty != 1.0:
-            self._seen[row, torch.tensor(prompt_ids, device=self._seen.device)] = True
+            self._seen[row, torch.tensor(prompt_ids, dtype=torch.int64, device=self._seen.device)] = True
         self._find_needs()
 
     def release(self, row: int) -> None:
@@ -122,7 +123,7 @@ class SlotSampler:
         if self._largest_top_k:
             scores = keep_top_k(scores, self._top_k[rows], self._largest_top_k)
         if self._needs_top_p:
-            scores = keep_top_p(scores, self._top_p[rows])
+            scores = drop_tail(scores, self._tail[rows])
         noise = gumbel_noise(self._seed[rows], positions, self._token_ids)
         return torch.where(self._is_greedy[rows], likeliest, (scores.double() + noise).argmax(-1))
 
@@ -159,16 +160,17 @@ def keep_top_k(scores: torch.Tensor, top_k: torch.Tensor, largest: int) -> torch
     return scores.masked_fill((scores < last_kept) & (top_k > 0), -math.inf)
 
 
-def keep_top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Put the unlikely tail, `1 - top_p` of the probability, to -inf; the likeliest token stays.
+def drop_tail(scores: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+    """Put the least likely tokens to -inf, up to a probability of `tail`; the likeliest token stays.
 
     Args:
         scores: (B, V) float.
-        top_p: (B, 1) float; 1 keeps all.
+        tail: (B, 1) float, `1 - top_p`; 0 keeps all.
     """
     ascending, order = scores.sort(dim=-1)
-    is_tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    is_tail &= top_p < 1
+    is_tail = ascending.softmax(-1).cumsum(-1) <= tail
+    # Without this, tokens so unlikely that their probability is 0 in float32 would go as well.
+    is_tail &= tail > 0
     is_tail[:, -1] = False
     return scores.masked_fill(is_tail.scatter(1, order, is_tail), -math.inf)
 

@@ -60,12 +60,12 @@ def upgrade() -> None:
         ),
         sql.CheckConstraint(f"(state IN ({FINAL})) = (finished_at IS NOT NULL)", name="ck_jobs_finished"),
     )
-    _partial_index("ix_jobs_queued", ["queue", "priority", "id"], "state = 'queued'")
+    _partial_index("ix_jobs_queued", ["queue", "priority", "id", "run_at"], "state = 'queued'")
     _partial_index("ix_jobs_queued_expires", ["expires_at"], "state = 'queued'")
     _partial_index("ix_jobs_queued_deadline", ["deadline"], "state = 'queued'")
     _partial_index("ix_jobs_running_lease", ["lease_until"], "state = 'running'")
-    op.create_index("ix_jobs_state", "jobs", ["state", "id"])
-    op.create_index("ix_jobs_batch", "jobs", ["batch_id", "id"])
+    _partial_index("ix_jobs_finished", ["state", "id"], "finished_at IS NOT NULL")
+    _partial_index("ix_jobs_batch", ["batch_id", "id"], "batch_id IS NOT NULL")
 
     op.create_table(
         "results",

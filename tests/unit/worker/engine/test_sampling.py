@@ -17,9 +17,9 @@ from codeherd_schema.errors import InvalidRequest
 from codeherd_worker.engine.sampling import (
     SamplingParams,
     SlotSampler,
+    drop_tail,
     gumbel_noise,
     keep_top_k,
-    keep_top_p,
     penalize,
 )
 
@@ -59,7 +59,7 @@ def test_each_rule_equals_the_one_of_transformers(seed: int) -> None:
         assert torch.equal(ours, TopKLogitsWarper(top_k)(seen_ids, scores))
     for top_p in (0.01, 0.5, 0.9, 0.999):
         assert torch.equal(
-            keep_top_p(scores, column(*[top_p] * 3)), TopPLogitsWarper(top_p)(seen_ids, scores)
+            drop_tail(scores, column(*[1 - top_p] * 3)), TopPLogitsWarper(top_p)(seen_ids, scores)
         )
 
 
@@ -71,7 +71,7 @@ def test_a_rule_leaves_rows_alone_that_do_not_ask_for_it() -> None:
 
     assert torch.equal(penalize(scores, seen, column(1.0, 1.5))[0], scores[0])
     assert torch.equal(keep_top_k(scores, column(0, 3, dtype=torch.int64), 3)[0], scores[0])
-    assert torch.equal(keep_top_p(scores, column(1.0, 0.5))[0], scores[0])
+    assert torch.equal(drop_tail(scores, column(0.0, 0.5))[0], scores[0])
 
 
 def test_ties_with_the_last_kept_score_stay() -> None:

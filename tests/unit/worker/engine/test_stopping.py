@@ -27,9 +27,7 @@ class Pieces:
         return self._tail
 
 
-def make_stopper(
-    pieces: list[str], *stop_strings: str, tail: str = "", max_new_tokens: int = 100
-) -> Stopper:
+def make_stopper(pieces: list[str], *stop_strings: str, tail: str = "", max_new_tokens: int = 100) -> Stopper:
     return Stopper(
         stop_ids=frozenset({EOS}),
         stop_strings=stop_strings,

@@ -1,0 +1,213 @@
+"""Keep the queues in Redis filled from SQL, and take back what was lost.
+
+Owns: when to look, how many hints to send, what to do while Redis or SQL is away. Does not decide
+which job is next (`codeherd_schema.hints`) or what becomes of a lost one (`codeherd_schema.janitor`).
+Several may run at once: each change in SQL is one conditional UPDATE, so two of them share the work.
+
+A hint can be lost in four ways, and each has its own remedy:
+
+    never sent (broker away, producer died)     sent at the next tick, for it was never marked
+    Redis forgot everything (restart, flush)    a mark in Redis is gone too: all unclaimed hints again
+    taken by a worker that died or refused      the queue is empty: those older than LOST_AFTER_S again
+    none of these                               sent again after `republish_after_s`
+
+A hint too many costs a worker one failed claim.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from codeherd_schema.broker import Broker
+from codeherd_schema.errors import BrokerUnavailable, CodeherdError
+from codeherd_schema.hints import Hint
+from codeherd_schema.settings import SharedSettings
+from codeherd_schema.store import Store
+
+logger = logging.getLogger(__name__)
+
+#: Seconds from a hint's publication until its job must be claimed if the queue in Redis is empty.
+LOST_AFTER_S = 3.0
+#: Longest pause after the broker or the database failed, seconds.
+LONGEST_REST_S = 5.0
+#: Pause after a tick that found an empty queue and filled it to the brim, seconds.
+STARVED_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What one look did: numbers of hints and jobs."""
+
+    published: int = 0
+    reaped: int = 0
+    buried: int = 0
+    expired: int = 0
+    #: A queue was empty and got as many hints as it may: look again soon.
+    is_starved: bool = False
+
+
+class Dispatcher:
+    """Publishes due jobs and reaps lost ones."""
+
+    def __init__(
+        self,
+        store: Store,
+        broker: Broker,
+        settings: SharedSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        chance: random.Random | None = None,
+    ) -> None:
+        """Work between `store` and `broker`; `clock` gives seconds, `chance` spreads reaps."""
+        self._store = store
+        self._broker = broker
+        self._settings = settings
+        self._clock = clock
+        self._chance = chance or random.Random()  # noqa: S311 -- spreads load, guards nothing
+        self._reap_at = float("-inf")
+        self._broker_rest = Rest(settings.dispatch_interval_s)
+        self._database_rest = Rest(settings.dispatch_interval_s)
+        # Stays true until every queue was served again, even if the broker goes away meanwhile.
+        self._is_forgotten = False
+
+    def run(self, stop: threading.Event) -> None:
+        """Look again and again until `stop` is set; no failure ends it."""
+        while not stop.is_set():
+            stop.wait(self._step())
+
+    def run_once(self) -> Tick:
+        """Look once: reap if it is time, expire, publish.
+
+        A broker that is away is logged, and left alone for a while.
+
+        Raises:
+            DatabaseUnavailable: what was done before stands; look again later.
+            SchemaOutdated: somebody must run `codeherd db upgrade`.
+        """
+        reaped, buried, expired = self._tidy()
+        published, is_starved = self._publish_due()
+        return Tick(published, reaped, buried, expired, is_starved)
+
+    def _step(self) -> float:
+        """Look once, whatever happens; return the seconds to pause."""
+        try:
+            tick = self.run_once()
+        except CodeherdError as err:
+            return self._database_failed(err)
+        except Exception:
+            logger.exception("dispatch_broken")
+            return self._database_rest.longer(self._clock())
+        if self._database_rest.end():
+            logger.info("dispatch_resumed")
+        interval_s = self._settings.dispatch_interval_s
+        return min(interval_s, STARVED_PAUSE_S) if tick.is_starved else interval_s
+
+    def _database_failed(self, err: CodeherdError) -> float:
+        if not self._database_rest.is_on:
+            logger.error("dispatch_interrupted code=%s reason=%s", err.code, err)
+        return self._database_rest.longer(self._clock())
+
+    def _tidy(self) -> tuple[int, int, int]:
+        if self._clock() < self._reap_at:
+            return 0, 0, 0
+        # Workers reap too; the spread keeps them all from looking at the same moment.
+        self._reap_at = self._clock() + self._settings.reap_interval_s * self._chance.uniform(0.75, 1.25)
+        reaped = self._store.reap(max_crashes=self._settings.max_crashes)
+        for job_id in reaped.requeued:
+            logger.warning("job_reaped job_id=%s", job_id)
+        for job_id in reaped.buried:
+            logger.error("job_buried job_id=%s", job_id)
+        expired = self._store.expire_due()
+        if expired:
+            logger.info("jobs_expired count=%d", expired)
+        return len(reaped.requeued), len(reaped.buried), expired + len(reaped.expired)
+
+    def _publish_due(self) -> tuple[int, bool]:
+        if not self._broker_rest.is_over(self._clock()):
+            return 0, False
+        queues = self._store.queues_with_work()
+        sent: list[_Sent] = []
+        try:
+            if queues and self._broker.has_forgotten():
+                self._is_forgotten = True
+                logger.info("broker_memory_blank")
+            for queue in queues:
+                sent.append(self._fill(queue))
+        except BrokerUnavailable as err:
+            if not self._broker_rest.is_on:
+                logger.warning("broker_away reason=%s", err)
+            self._broker_rest.longer(self._clock())
+        else:
+            self._is_forgotten = False
+            if self._broker_rest.end():
+                logger.info("broker_back")
+        return sum(s.count for s in sent), any(s.is_starved for s in sent)
+
+    def _fill(self, queue: str) -> _Sent:
+        waiting = self._broker.waiting(queue)
+        room = self._settings.publish_window - waiting
+        if room <= 0:
+            return _Sent(0)
+        hints = self._store.due(queue, limit=room, stale_s=self._stale_s(waiting))
+        self._send(hints)
+        if hints:
+            again = sum(hint.publish_no > 1 for hint in hints)
+            logger.info("hints_published queue=%s count=%d again=%d", queue, len(hints), again)
+        return _Sent(len(hints), is_starved=waiting == 0 and len(hints) == room)
+
+    def _stale_s(self, waiting: int) -> float:
+        """Return after how many seconds an unclaimed hint counts as lost."""
+        if self._is_forgotten:
+            return 0.0
+        if waiting == 0:
+            return min(LOST_AFTER_S, self._settings.republish_after_s)
+        return self._settings.republish_after_s
+
+    def _send(self, hints: Sequence[Hint]) -> None:
+        try:
+            self._broker.publish(hints)
+        except BrokerUnavailable:
+            # Some may have got there; the others must not wait until they are stale.
+            self._store.unpublish(hints)
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    count: int
+    is_starved: bool = False
+
+
+class Rest:
+    """A pause that doubles with each failure in a row."""
+
+    def __init__(self, first_s: float) -> None:
+        self._first_s = first_s
+        self._length_s = 0.0
+        self._until = float("-inf")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the last try failed."""
+        return self._length_s > 0
+
+    def is_over(self, now: float) -> bool:
+        """Whether it is time for another try."""
+        return now >= self._until
+
+    def longer(self, now: float) -> float:
+        """Note a failure; return the seconds until the next try."""
+        self._length_s = min(LONGEST_REST_S, 2 * self._length_s or self._first_s)
+        self._until = now + self._length_s
+        return self._length_s
+
+    def end(self) -> bool:
+        """Note a success; return whether the last try had failed."""
+        was_on = self.is_on
+        self._length_s = 0.0
+        return was_on

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import redis
+
+from codeherd_schema.broker import CONNECTIONS, Broker
+from codeherd_schema.errors import BrokerUnavailable
+from codeherd_schema.hints import Hint
+from codeherd_schema.requests import JobKind
+from codeherd_schema.settings import SharedSettings
+from tests.integration.redis_variants import OddRedisServer, messages
+from tests.services import RedisServer, free_port, wait_until
+
+QUEUE = "codeherd.tiny"
+PASSWORD = "s3cret"
+
+
+def broker_at(url: str, **more: object) -> Broker:
+    values = {"broker_url": url, "connect_timeout_s": 0.3, **more}
+    return Broker(SharedSettings.model_validate(values))
+
+
+def hint(i: int, priority: int = 5, publish_no: int = 1) -> Hint:
+    return Hint(f"job{i}", QUEUE, JobKind.GENERATE, priority, publish_no)
+
+
+@pytest.fixture
+def broker(broker_url: str) -> Iterator[Broker]:
+    broker = broker_at(broker_url)
+    yield broker
+    broker.close()
+
+
+@pytest.fixture(scope="module")
+def odd_server() -> Iterator[OddRedisServer]:
+    with OddRedisServer({"requirepass": PASSWORD}) as server:
+        yield server
+
+
+@pytest.fixture
+def own_server() -> Iterator[RedisServer]:
+    """A server to be hurt."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def own_broker(own_server: RedisServer) -> Iterator[Broker]:
+    broker = broker_at(own_server.url)
+    yield broker
+    broker.close()
+
+
+def test_hints_wait_in_the_order_of_their_priority(broker: Broker, redis_server: RedisServer) -> None:
+    broker.publish([hint(1, 9), hint(2, 5), hint(3, 0), hint(4, 6), hint(5, 5)])
+
+    assert broker.waiting(QUEUE) == 5
+    assert messages(redis_server) == ["job3.1", "job2.1", "job5.1", "job4.1", "job1.1"]
+
+
+def test_an_unknown_queue_is_empty(broker: Broker) -> None:
+    assert broker.waiting("codeherd.nobody") == 0
+
+
+def test_publishing_nothing_needs_no_broker() -> None:
+    broker_at(f"redis://127.0.0.1:{free_port()}/0").publish([])
+
+
+def test_every_publication_has_a_task_id_of_its_own(broker: Broker, redis_server: RedisServer) -> None:
+    broker.publish([hint(1, publish_no=1)])
+    broker.publish([hint(1, publish_no=2)])
+
+    assert messages(redis_server) == ["job1.1", "job1.2"]
+
+
+def test_more_hints_than_one_batch_all_arrive(broker: Broker, redis_server: RedisServer) -> None:
+    broker.publish([hint(i) for i in range(250)])
+
+    assert messages(redis_server) == [f"job{i}.1" for i in range(250)]
+
+
+def test_two_herds_share_a_redis_by_their_prefixes(broker_url: str, redis_server: RedisServer) -> None:
+    ours, theirs = broker_at(broker_url, key_prefix="a:"), broker_at(broker_url, key_prefix="b:")
+
+    with ours.endings() as heard:
+        ours.publish([hint(1)])
+        theirs.announce("job1")
+        ours.announce("job2")
+
+        assert heard.wait(30) == {"job2"}
+    assert (ours.waiting(QUEUE), theirs.waiting(QUEUE)) == (1, 0)
+    assert messages(redis_server, prefix="a:") == ["job1.1"]
+    with redis.Redis(port=redis_server.port) as client:
+        assert all(key.startswith((b"a:", b"b:")) for key in client.scan_iter())
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "socket"])
+def test_a_password_is_used_on_every_kind_of_address(odd_server: OddRedisServer, scheme: str) -> None:
+    plain = odd_server.url if scheme == "tcp" else odd_server.socket_url
+    broker = broker_at(plain.replace("://", f"://:{PASSWORD}@"), key_prefix=f"{scheme}:")
+
+    with broker.endings() as heard:
+        broker.publish([hint(1)])
+        broker.request_cancel("job1")
+        broker.announce("job1")
+
+        assert heard.wait(30) == {"job1"}
+    assert broker.waiting(QUEUE) == 1
+    assert broker.check()["maxmemory_policy"] == "noeviction"
+    broker.close()
+
+
+def test_a_wrong_password_is_told_apart_and_not_repeated(odd_server: OddRedisServer) -> None:
+    broker = broker_at(odd_server.url.replace("://", "://:wr0ng@"))
+
+    with pytest.raises(BrokerUnavailable, match="AuthenticationError") as told:
+        broker.waiting(QUEUE)
+
+    assert "wr0ng" not in str(told.value)
+    broker.close()
+
+
+def test_an_ending_right_after_subscribing_is_heard(broker: Broker) -> None:
+    for i in range(20):
+        with broker.endings() as heard:
+            broker.announce(f"job{i}")
+
+            assert heard.wait(30) == {f"job{i}"}
+
+
+def test_endings_that_came_together_are_heard_together(broker: Broker) -> None:
+    with broker.endings() as heard:
+        for i in range(3):
+            broker.announce(f"job{i}")
+
+        news: set[str] = set()
+        while len(news) < 3:
+            news |= heard.wait(30)
+        assert news == {"job0", "job1", "job2"}
+        assert heard.wait(0.01) == frozenset()
+
+
+def test_a_cancel_request_reaches_every_worker_that_listens(
+    broker: Broker, redis_server: RedisServer
+) -> None:
+    with redis.Redis(port=redis_server.port) as client, client.pubsub() as worker:
+        worker.subscribe("codeherd:/0.celery.pidbox")
+        assert worker.get_message(timeout=30)
+
+        broker.request_cancel("job1")
+
+        message = worker.get_message(timeout=30)
+        assert message is not None
+        assert b"cancel_job" in message["data"] or b"Y2FuY2VsX2pvY" in message["data"]
+
+
+def test_workers_that_are_silent_are_left_out(broker: Broker) -> None:
+    assert broker.workers(0.05) == {}
+
+
+def test_check_tells_version_eviction_and_persistence(broker: Broker) -> None:
+    facts = broker.check()
+
+    assert facts["aof_enabled"] == "1"
+    assert facts["redis_version"][0].isdigit()
+
+
+def test_a_loss_of_memory_is_told_once(broker: Broker, redis_server: RedisServer) -> None:
+    assert [broker.has_forgotten() for _ in range(3)] == [True, False, False]
+
+    with redis.Redis(port=redis_server.port) as client:
+        client.flushall()
+
+    assert [broker.has_forgotten() for _ in range(2)] == [True, False]
+
+
+CALLS: dict[str, Callable[[Broker], object]] = {
+    "publish": lambda broker: broker.publish([hint(1)]),
+    "waiting": lambda broker: broker.waiting(QUEUE),
+    "request_cancel": lambda broker: broker.request_cancel("job1"),
+    "announce": lambda broker: broker.announce("job1"),
+    "endings": lambda broker: broker.endings().close(),
+    "check": lambda broker: broker.check(),
+    "workers": lambda broker: broker.workers(0.05),
+    "has_forgotten": lambda broker: broker.has_forgotten(),
+}
+
+
+# A bound that is missing shows as a test that never ends: pytest-timeout ends it.
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_redis_that_is_not_there_is_told_at_once(call: str) -> None:
+    broker = broker_at(f"redis://127.0.0.1:{free_port()}/0")
+
+    with pytest.raises(BrokerUnavailable):
+        CALLS[call](broker)
+    broker.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_redis_that_hangs_or_dies_is_told_soon_and_found_again(
+    own_server: RedisServer, own_broker: Broker
+) -> None:
+    for call in CALLS.values():
+        call(own_broker)
+
+    for hurt, heal in [(own_server.pause, own_server.resume), (own_server.kill, own_server.start)]:
+        hurt()
+        for call in CALLS.values():
+            with pytest.raises(BrokerUnavailable):
+                call(own_broker)
+        heal()
+        for call in CALLS.values():
+            call(own_broker)
+
+
+@pytest.mark.timeout(60)
+def test_a_listener_whose_redis_dies_says_so(own_server: RedisServer, own_broker: Broker) -> None:
+    with own_broker.endings() as heard:
+        own_server.kill()
+
+        def is_told() -> bool:
+            try:
+                return bool(heard.wait(0.01))
+            except BrokerUnavailable:
+                return True
+
+        wait_until(is_told, "the listener to notice")
+
+
+def test_many_threads_share_few_connections_and_closing_gives_them_back(
+    own_server: RedisServer, own_broker: Broker
+) -> None:
+    def clients() -> int:
+        with redis.Redis(port=own_server.port) as client:
+            return int(client.info("clients")["connected_clients"]) - 1
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda i: own_broker.publish([hint(i)] * 3), range(200)))
+
+    assert own_broker.waiting(QUEUE) == 600
+    # kombu holds two connections for each of ours.
+    assert clients() <= 2 * CONNECTIONS
+    own_broker.close()
+    wait_until(lambda: clients() == 0, "the connections to close")

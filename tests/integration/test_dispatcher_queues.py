@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import timedelta
+
+import pytest
+
+from codeherd_producer.client import Client
+from codeherd_producer.dispatcher import Dispatcher, Tick
+from codeherd_schema.broker import Broker, queue_name
+from codeherd_schema.errors import DatabaseUnavailable, SchemaOutdated
+from codeherd_schema.requests import GenerateRequest
+from codeherd_schema.settings import SharedSettings
+from codeherd_schema.states import JobState
+from codeherd_schema.store import Store
+from tests.by_hand import HandClock, claim, requests
+from tests.integration.redis_variants import OddRedisServer, flush, messages, take
+from tests.services import PostgresServer, RedisServer, wait_until
+
+QUEUE = queue_name("tiny")
+
+
+class Parts:
+    """A dispatcher and what it works between; the dispatcher's clock is moved by hand."""
+
+    def __init__(self, database_url: str, broker_url: str, **more: object) -> None:
+        values = {
+            "database_url": database_url,
+            "broker_url": broker_url,
+            "connect_timeout_s": 0.3,
+            "dispatch_interval_s": 0.02,
+            **more,
+        }
+        self.settings = SharedSettings.model_validate(values)
+        self.clock = HandClock()
+        with ExitStack() as stack:
+            self.store = Store.open(database_url)
+            stack.callback(self.store.close)
+            self.broker = Broker(self.settings)
+            stack.callback(self.broker.close)
+            self.client = stack.enter_context(Client(self.settings, publish=False))
+            self._stack = stack.pop_all()
+        self.dispatcher = self.another_dispatcher()
+
+    def another_dispatcher(self) -> Dispatcher:
+        return Dispatcher(self.store, self.broker, self.settings, clock=self.clock)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def parts(database_url: str, broker_url: str) -> Iterator[Parts]:
+    parts = Parts(database_url, broker_url)
+    yield parts
+    parts.close()
+
+
+@pytest.fixture
+def own_server() -> Iterator[RedisServer]:
+    """A server to be hurt; it forgets everything when it dies."""
+    with RedisServer(aof=False) as server:
+        yield server
+
+
+@pytest.fixture
+def own_parts(sqlite_url: str, own_server: RedisServer) -> Iterator[Parts]:
+    parts = Parts(sqlite_url, own_server.url)
+    yield parts
+    parts.close()
+
+
+def hints_of(parts: Parts, jobs: int) -> list[str]:
+    return [f"{job.id}.1" for job in parts.client.submit_many(requests(jobs))]
+
+
+def test_due_jobs_are_published_once(parts: Parts, redis_server: RedisServer) -> None:
+    hints = hints_of(parts, 3)
+
+    assert parts.dispatcher.run_once() == Tick(published=3)
+    assert parts.dispatcher.run_once() == Tick()
+    assert messages(redis_server) == hints
+
+
+def test_the_window_bounds_what_waits_in_redis(
+    database_url: str, broker_url: str, redis_server: RedisServer
+) -> None:
+    parts = Parts(database_url, broker_url, publish_window=10)
+    hints = hints_of(parts, 50)
+
+    assert parts.dispatcher.run_once() == Tick(published=10, is_starved=True)
+    assert parts.dispatcher.run_once() == Tick()
+    taken = take(redis_server, 4)
+    assert parts.dispatcher.run_once() == Tick(published=4)
+
+    assert taken == hints[:4]
+    assert messages(redis_server) == hints[4:14]
+    parts.close()
+
+
+def test_what_is_urgent_goes_first_into_redis_and_out_of_it(
+    database_url: str, broker_url: str, redis_server: RedisServer
+) -> None:
+    parts = Parts(database_url, broker_url, publish_window=10)
+    for priority in (9, 5, 0, 7, 3):
+        parts.client.submit_many(requests(4, priority=priority))
+
+    parts.dispatcher.run_once()
+
+    rows = parts.store.get_many([hint.partition(".")[0] for hint in messages(redis_server)])
+    taken = [rows[hint.partition(".")[0]].priority for hint in take(redis_server, 10)]
+    assert taken == [0, 0, 0, 0, 3, 3, 3, 3, 5, 5]
+    parts.close()
+
+
+def test_an_urgent_job_overtakes_a_backlog_that_fills_the_window(
+    database_url: str, broker_url: str, redis_server: RedisServer
+) -> None:
+    parts = Parts(database_url, broker_url, publish_window=5)
+    hints_of(parts, 50)
+    parts.dispatcher.run_once()
+    urgent = parts.client.submit(GenerateRequest(prompt="x", priority=0))
+
+    take(redis_server, 1)
+    parts.dispatcher.run_once()
+
+    assert take(redis_server, 1) == [f"{urgent.id}.1"]
+    parts.close()
+
+
+def test_every_queue_has_a_window_of_its_own(parts: Parts) -> None:
+    hints_of(parts, 2)
+    parts.client.submit_many(requests(3, model="codellama-7b"))
+
+    assert parts.dispatcher.run_once() == Tick(published=5)
+    assert parts.broker.waiting(queue_name("codellama-7b")) == 3
+
+
+def test_a_job_for_later_is_published_when_it_is_due(parts: Parts) -> None:
+    parts.client.submit(GenerateRequest(prompt="x", run_at=timedelta(milliseconds=300)))
+    parts.client.submit(GenerateRequest(prompt="y", run_at=timedelta(hours=1)))
+
+    ticks = []
+    wait_until(lambda: bool(ticks.append(parts.dispatcher.run_once()) or ticks[-1].published), "the job")
+
+    assert parts.store.count_by_state()[JobState.QUEUED] == 2
+    assert parts.broker.waiting(QUEUE) == 1
+
+
+def test_dispatchers_at_once_share_the_jobs(
+    database_url: str, broker_url: str, redis_server: RedisServer
+) -> None:
+    parts = Parts(database_url, broker_url, publish_window=1000)
+    hints = hints_of(parts, 400)
+    dispatchers = [parts.another_dispatcher() for _ in range(4)]
+    # The blank Redis is told to one of them, which would publish again what another just did.
+    parts.broker.has_forgotten()
+    barrier = threading.Barrier(len(dispatchers))
+
+    def work(dispatcher: Dispatcher) -> int:
+        barrier.wait()
+        return sum(dispatcher.run_once().published for _ in range(3))
+
+    with ThreadPoolExecutor(len(dispatchers)) as pool:
+        published = sum(pool.map(work, dispatchers))
+
+    assert published == len(hints)
+    assert sorted(messages(redis_server)) == sorted(hints)
+    parts.close()
+
+
+def test_what_a_client_published_is_left_alone(parts: Parts, redis_server: RedisServer) -> None:
+    with Client(parts.settings) as client:
+        hint = f"{client.submit(GenerateRequest(prompt='x')).id}.1"
+    parts.broker.has_forgotten()
+
+    assert parts.dispatcher.run_once() == Tick()
+    assert messages(redis_server) == [hint]
+
+
+def test_a_redis_that_forgot_gets_all_hints_again(parts: Parts, redis_server: RedisServer) -> None:
+    hints = hints_of(parts, 20)
+    parts.dispatcher.run_once()
+
+    flush(redis_server)
+    # A hint that came after the loss must not hide it.
+    with Client(parts.settings) as client:
+        client.submit(GenerateRequest(prompt="x"))
+
+    parts.dispatcher.run_once()
+    assert [hint.replace(".2", ".1") for hint in messages(redis_server) if hint.endswith(".2")][:20] == hints
+
+
+def test_claimed_jobs_are_not_published_again_after_a_loss(parts: Parts, redis_server: RedisServer) -> None:
+    hints = hints_of(parts, 3)
+    parts.dispatcher.run_once()
+    claim(parts.store, hints[0].partition(".")[0])
+
+    flush(redis_server)
+
+    assert parts.dispatcher.run_once() == Tick(published=2)
+
+
+def test_a_redis_that_died_without_a_file_gets_all_hints_again(
+    own_parts: Parts, own_server: RedisServer
+) -> None:
+    hints_of(own_parts, 5)
+    own_parts.dispatcher.run_once()
+
+    own_server.kill()
+    assert own_parts.dispatcher.run_once() == Tick()
+    own_server.start()
+    own_parts.clock.now += 60
+
+    assert own_parts.dispatcher.run_once() == Tick(published=5)
+
+
+def test_hints_taken_by_a_worker_that_died_come_back(
+    database_url: str, broker_url: str, redis_server: RedisServer
+) -> None:
+    parts = Parts(database_url, broker_url, republish_after_s=0.3)
+    hints = hints_of(parts, 2)
+    parts.dispatcher.run_once()
+
+    take(redis_server, 2)
+    wait_until(lambda: parts.dispatcher.run_once().published == 2, "the hints to come back")
+
+    assert messages(redis_server) == [hint.replace(".1", ".2") for hint in hints]
+    parts.close()
+
+
+def test_no_tick_doubles_hints_while_any_wait_in_redis(parts: Parts, redis_server: RedisServer) -> None:
+    hints = hints_of(parts, 3)
+    parts.dispatcher.run_once()
+
+    take(redis_server, 2)
+
+    assert parts.dispatcher.run_once() == Tick()
+    assert messages(redis_server) == hints[2:]
+
+
+def test_hints_that_could_not_be_sent_are_owed_again(sqlite_url: str) -> None:
+    # Redis answers every question but takes no message.
+    with OddRedisServer({"rename-command": "LPUSH nope"}) as server:
+        parts = Parts(sqlite_url, server.url)
+        jobs = parts.client.submit_many(requests(3))
+
+        assert parts.dispatcher.run_once() == Tick()
+
+        rows = parts.store.get_many([job.id for job in jobs])
+        assert [(row.published_at, row.publish_no) for row in rows.values()] == [(None, 1)] * 3
+        parts.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_hung_redis_is_left_alone_for_a_while_and_lost_jobs_are_still_reaped(
+    own_parts: Parts, own_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    job = own_parts.client.submit(GenerateRequest(prompt="x"))
+    own_parts.dispatcher.run_once()
+    claim(own_parts.store, job.id, lease_s=0.01)
+    own_server.pause()
+
+    ticks: list[Tick] = []
+
+    def is_reaped() -> bool:
+        own_parts.clock.now += 10
+        ticks.append(own_parts.dispatcher.run_once())
+        return ticks[-1].reaped == 1
+
+    wait_until(is_reaped, "the job to be taken back")
+    own_server.resume()
+    own_parts.clock.now += 60
+
+    assert own_parts.dispatcher.run_once().published == 1
+    assert sum("broker_away" in record.message for record in caplog.records) == 1
+    assert sum("broker_back" in record.message for record in caplog.records) == 1
+
+
+def test_a_lost_job_is_reaped_and_published_in_one_tick(parts: Parts, redis_server: RedisServer) -> None:
+    job = parts.client.submit(GenerateRequest(prompt="x"))
+    claim(parts.store, job.id, lease_s=0.01)
+
+    def tick() -> Tick:
+        parts.clock.now += 10
+        return parts.dispatcher.run_once()
+
+    ticks = [tick()]
+    wait_until(lambda: ticks[-1].reaped == 1 or bool(ticks.append(tick())), "the job to be taken back")
+
+    assert ticks[-1] == Tick(published=1, reaped=1)
+    assert messages(redis_server) == [f"{job.id}.1"]
+
+
+def test_a_job_that_kills_workers_is_buried(database_url: str, broker_url: str) -> None:
+    parts = Parts(database_url, broker_url, max_crashes=1)
+    job = parts.client.submit(GenerateRequest(prompt="x"))
+    claim(parts.store, job.id, lease_s=0.01)
+
+    def is_buried() -> bool:
+        parts.clock.now += 10
+        return parts.dispatcher.run_once() == Tick(buried=1)
+
+    wait_until(is_buried, "the job to be buried")
+    assert job.state is JobState.DEAD
+    parts.close()
+
+
+def test_a_job_that_is_too_late_is_expired(parts: Parts) -> None:
+    job = parts.client.submit(
+        GenerateRequest(prompt="x", run_at=timedelta(milliseconds=20), expires_at=timedelta(milliseconds=21))
+    )
+
+    def is_expired() -> bool:
+        parts.clock.now += 10
+        return parts.dispatcher.run_once().expired == 1
+
+    wait_until(is_expired, "the job to expire")
+    assert job.state is JobState.EXPIRED
+
+
+def test_reaps_keep_their_interval(parts: Parts) -> None:
+    parts.dispatcher.run_once()
+    job = parts.client.submit(GenerateRequest(prompt="x"))
+    claimed = claim(parts.store, job.id, lease_s=0.01)
+    wait_until(lambda: parts.store.clock() > claimed.claimed_at.timestamp() + 0.02, "the lease to run out")
+
+    assert parts.dispatcher.run_once() == Tick()
+    parts.clock.now += 1.25 * parts.settings.reap_interval_s
+    assert parts.dispatcher.run_once().reaped == 1
+
+
+class Running:
+    """A dispatcher's `run` in a thread."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._stop = threading.Event()
+        dispatcher = Dispatcher(parts.store, parts.broker, parts.settings)
+        self._thread = threading.Thread(target=dispatcher.run, args=(self._stop,))
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def test_run_publishes_until_it_is_stopped(parts: Parts) -> None:
+    with Running(parts):
+        hints_of(parts, 3)
+        wait_until(lambda: parts.broker.waiting(QUEUE) == 3, "the hints")
+
+
+@pytest.mark.timeout(120)
+def test_run_outlives_a_database_that_goes_away(
+    broker_url: str, caplog: pytest.LogCaptureFixture, postgres_server: PostgresServer
+) -> None:
+    del postgres_server  # the wheel's binaries are unpacked by now
+    from codeherd_schema.migrations import upgrade
+
+    caplog.set_level(logging.INFO)
+    with PostgresServer() as server:
+        upgrade(server.url)
+        parts = Parts(server.url, broker_url)
+        with Running(parts):
+            hints_of(parts, 1)
+            wait_until(lambda: parts.broker.waiting(QUEUE) == 1, "the first hint")
+            server.stop()
+            wait_until(lambda: "dispatch_interrupted" in caplog.text, "the loss to be noticed")
+            with pytest.raises(DatabaseUnavailable):
+                parts.dispatcher.run_once()
+            server.start()
+            wait_until(lambda: "dispatch_resumed" in caplog.text, "the recovery")
+            hints_of(parts, 1)
+            wait_until(lambda: parts.broker.waiting(QUEUE) == 2, "the second hint")
+        parts.close()
+    assert caplog.text.count("dispatch_interrupted") == 1
+
+
+def test_run_waits_for_the_schema(
+    tmp_path_factory: pytest.TempPathFactory, broker_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from codeherd_schema.migrations import upgrade
+
+    url = f"sqlite:///{tmp_path_factory.mktemp('empty') / 'codeherd.db'}"
+    parts = Parts(url, broker_url)
+    with pytest.raises(SchemaOutdated):
+        parts.dispatcher.run_once()
+
+    with Running(parts):
+        wait_until(lambda: "schema_outdated" in caplog.text, "the missing schema to be noticed")
+        upgrade(url)
+        hints_of(parts, 1)
+        wait_until(lambda: parts.broker.waiting(QUEUE) == 1, "the hint")
+    parts.close()

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from codeherd_producer.dispatcher import LONGEST_REST_S, Rest
+
+
+def test_rests_double_up_to_a_limit_and_start_again_after_a_success() -> None:
+    rest = Rest(first_s=0.5)
+
+    assert [rest.longer(now=0) for _ in range(6)] == [0.5, 1, 2, 4, LONGEST_REST_S, LONGEST_REST_S]
+    assert rest.end()
+    assert rest.longer(now=0) == 0.5
+
+
+def test_a_rest_is_over_after_its_seconds() -> None:
+    rest = Rest(first_s=0.5)
+    assert rest.is_over(now=0)
+
+    rest.longer(now=10)
+
+    assert not rest.is_over(now=10.4)
+    assert rest.is_over(now=10.5)
+
+
+def test_success_after_success_is_no_news() -> None:
+    rest = Rest(first_s=0.5)
+
+    assert not rest.end()
+    rest.longer(now=0)
+    assert rest.is_on
+    assert [rest.end(), rest.end(), rest.is_on] == [True, False, False]
+    assert rest.is_over(now=pytest.approx(0))

@@ -1,0 +1,109 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from codeherd_schema.requests import GenerateRequest
+from codeherd_schema.store import Claim, Store
+from codeherd_worker.engine.stopping import CancelReason
+from codeherd_worker.lease import SAFE_SHARE, Heartbeat
+from codeherd_worker.running import Run, Running
+from tests.services import wait_until
+
+LEASE_S = 30.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    running = Running()
+    running.enter()
+    yield running
+    running.leave()
+
+
+def claimed(store: Store, running: Running, *, lease_s: float = LEASE_S) -> tuple[Run, Claim]:
+    [submitted] = store.submit([GenerateRequest(prompt="x")])
+    claim = store.claim(submitted.job_id, worker_id="w", lease_s=lease_s)
+    assert claim is not None
+    run = running.current()
+    run.claim = claim
+    return run, claim
+
+
+def heartbeat(store: Store, running: Running, clock: Clock) -> Heartbeat:
+    return Heartbeat(store, running, lease_s=LEASE_S, heartbeat_s=10.0, clock=clock)
+
+
+def test_a_beat_renews_the_lease_and_moves_the_safe_time(store: Store, running: Running) -> None:
+    run, claim = claimed(store, running, lease_s=1.0)
+    before = store.get(claim.job.id)
+    assert before is not None
+
+    heartbeat(store, running, Clock()).beat()
+
+    after = store.get(claim.job.id)
+    assert after is not None
+    assert before.lease_until is not None
+    assert after.lease_until is not None
+    assert (after.lease_until - before.lease_until).total_seconds() > LEASE_S / 2
+    assert run.safe_until == 1000.0 + LEASE_S * SAFE_SHARE
+    assert run.token.reason is None
+
+
+def test_a_cancel_comes_back_with_the_beat(store: Store, running: Running) -> None:
+    run, claim = claimed(store, running)
+    store.request_cancel(claim.job.id)
+
+    heartbeat(store, running, Clock()).beat()
+
+    assert run.token.reason is CancelReason.USER
+
+
+def test_a_job_that_another_worker_took_is_stopped(store: Store, running: Running) -> None:
+    run, claim = claimed(store, running, lease_s=-1.0)
+    store.reap(max_crashes=3)
+    assert store.claim(claim.job.id, worker_id="other", lease_s=LEASE_S) is not None
+
+    heartbeat(store, running, Clock()).beat()
+
+    assert run.token.reason is CancelReason.LEASE_LOST
+
+
+def test_without_the_database_a_job_is_given_up_before_its_lease_ends(
+    tmp_path: Path, sqlite_url: str, running: Running
+) -> None:
+    store = Store.open(sqlite_url)
+    clock = Clock()
+    run, _ = claimed(store, running)
+    run.safe_until = clock.now + LEASE_S * SAFE_SHARE
+    beats = heartbeat(store, running, clock)
+    store.close()
+    (tmp_path / "codeherd.db").rename(tmp_path / "away.db")
+    (tmp_path / "codeherd.db").mkdir()
+
+    beats.beat()
+    assert run.token.reason is None, "one missed beat is no reason to stop"
+    clock.now += LEASE_S * SAFE_SHARE
+    beats.beat()
+
+    assert run.token.reason is CancelReason.LEASE_LOST
+
+
+def test_the_thread_beats_until_it_is_closed(store: Store, running: Running) -> None:
+    run, claim = claimed(store, running)
+    store.request_cancel(claim.job.id)
+    beats = Heartbeat(store, running, lease_s=LEASE_S, heartbeat_s=0.01)
+
+    beats.start()
+    wait_until(lambda: run.token.reason is not None, "a beat")
+    beats.close()
+
+    assert run.token.reason is CancelReason.USER
