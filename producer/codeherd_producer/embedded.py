@@ -80,7 +80,9 @@ def server_command(binary: Path, data_dir: Path) -> list[str]:
         *("--save", ""),
         # Any other policy drops whole queues when memory runs out, without a word.
         *("--maxmemory-policy", "noeviction"),
+        # It greets at every level; what matters of it `codeherd doctor` tells.
         *("--loglevel", "warning"),
+        *("--logfile", str(data_dir.absolute() / "redis.log")),
         *("--daemonize", "no"),
     ]
 

@@ -6,6 +6,7 @@ Owns: Flower's options, each with its reason. Does not know what a task does. Tr
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import MutableMapping
 from typing import Final
 
@@ -77,7 +78,9 @@ def run_flower(settings: SharedSettings, password: str, environment: MutableMapp
     if not is_installed():
         raise ConfigurationError("Flower is not installed", hint="pip install 'codeherd[monitor]'")
     environment.pop(_OPEN_API, None)
-    monitor_app(settings).start(["flower", *flower_arguments(settings, password)])
+    # It warns of every inspection that no worker answers, which is what it looks like before a start.
+    logging.getLogger("flower.inspector").setLevel(logging.ERROR)
+    monitor_app(settings).start(["--quiet", "flower", *flower_arguments(settings, password)])
 
 
 def _runs_in_a_worker(job_id: str) -> None:

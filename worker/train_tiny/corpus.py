@@ -43,9 +43,12 @@ NOT_A_SENTENCE = re.compile(r"TODO|https?:|>>>|\\|\"\"\"|---|===|::|\.\. |Parame
 
 #: Folders that hold copies of other projects, generated code, word tables or tests.
 SKIPPED_FOLDERS = frozenset(
-    "_vendor vendor _vendored_packages extern externals site-packages lib2to3 stubs typeshed mypyc "
-    "test tests testing idle_test conformance pydoc_data encodings lang lexers builtins locale "
-    "node_modules datasets_data graph_objs validators".split()
+    [
+        *("_vendor", "vendor", "_vendored_packages", "extern", "externals", "site-packages", "node_modules"),
+        *("test", "tests", "testing", "idle_test", "conformance", "lib2to3", "stubs", "typeshed", "mypyc"),
+        *("pydoc_data", "encodings", "lang", "lexers", "builtins", "locale", "datasets_data"),
+        *("graph_objs", "validators"),
+    ]
 )
 
 
@@ -134,7 +137,7 @@ def drop_licence(text: str) -> str:
 
 
 def summarize(docstring: str) -> str:
-    """Return the first sentence of a docstring, on one line; empty if it is no sentence about the function."""
+    """Return the first sentence of a docstring, on one line; empty if it is no plain sentence."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = SENTENCE_END.split(paragraph)[0]
     words = sentence.split()

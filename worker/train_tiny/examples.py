@@ -168,9 +168,9 @@ def _random_hole(text: str, formatter: Formatter, rng: random.Random) -> Example
 class Stream:
     """An endless, repeatable order of examples, grouped into batches of similar length.
 
-    Examples come in rounds. A round depends on the seed, its number and the length limit only, so that training
-    resumes where it stopped. Within a round, examples are sorted by length, cut into batches, and the batches
-    shuffled.
+    Examples come in rounds. A round depends on the seed, its number and the length limit only, so that
+    training resumes where it stopped. Within a round, examples are sorted by length, cut into batches, and
+    the batches shuffled.
     """
 
     #: Examples in one round.

@@ -1,7 +1,7 @@
 """Train the tiny model within a fixed time, on the CPU or on a GPU; stop and go on at will.
 
 Matrices are trained with Muon, the embedding and the norms with AdamW. The learning rate follows the time
-used, so that the run is annealed when its minutes are over. Knows how to train; what to train on is `examples`.
+used, so that the run is annealed when its minutes are over. Knows how to train; `examples` knows on what.
 
     python -m train_tiny.train --corpus corpus.jsonl --tokenizer TOKENIZER_DIR --out RUN_DIR --minutes 110
 """
@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,16 +112,16 @@ def make_optimizers(model: LlamaForCausalLM, muon_lr: float, adamw_lr: float) ->
 class Run:
     """One training run in one folder."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer / "tokenizer.model"))
         torch.manual_seed(args.seed)
-        self.device, self.out, self.limit_s = device, args.out, args.minutes * 60.0
-        self.model = build_model(sp, args.width, args.layers, args.heads, args.inner).to(device)
+        self.device, self.out, self.limit_s = torch.device(args.device), args.out, args.minutes * 60.0
+        self.model = build_model(sp, args.width, args.layers, args.heads, args.inner).to(self.device)
         self.optimizers = make_optimizers(self.model, args.muon_lr, args.adamw_lr)
         units = [unit for unit in read(args.corpus) if not is_held_out(unit.path)]
         self.stream = Stream(units, Formatter(sp), args.seed, args.batch_tokens)
         self.progress = Progress()
-        if device.type == "cpu":
+        if self.device.type == "cpu":
             # Measured at 128 tokens: the fused CPU kernel's backward costs a quarter of the whole step.
             self.model.set_attn_implementation("eager")
         decoder: Any = self.model.model
@@ -212,16 +212,18 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def main() -> None:
-    """Read the command line and train."""
+def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=110.0)
+    parser.add_argument("--minutes", type=float, default=110.0, help="training time, over all resumptions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in OUT")
+    parser.add_argument(
+        "--compile", action="store_true", help="with torch.compile; measured: no gain on a CPU"
+    )
     parser.add_argument("--batch-tokens", type=int, help="per step; 4096 on a CPU, 65536 on a GPU")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adamw-lr", type=float, default=0.003)
@@ -230,13 +232,18 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--inner", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    args.batch_tokens = args.batch_tokens or (65_536 if device.type == "cuda" else 4_096)
+    args = parser.parse_args(argv)
+    args.batch_tokens = args.batch_tokens or (65_536 if args.device.startswith("cuda") else 4_096)
+    return args
+
+
+def main() -> None:
+    """Train."""
+    args = read_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    if device.type == "cpu":
+    if args.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    Run(args, device).train()
+    Run(args).train()
 
 
 if __name__ == "__main__":

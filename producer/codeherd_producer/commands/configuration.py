@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -23,13 +24,16 @@ def load_settings(ctx: click.Context) -> Loaded[SharedSettings]:
     Raises:
         InvalidSetting: names the source of the wrong one.
     """
-    return load(
+    loaded = load(
         SharedSettings,
         flags={"data_dir": ctx.find_root().obj["data_dir"]},
         environment=os.environ,
         project_file=Path("pyproject.toml"),
         user_file=user_file(),
     )
+    # Other processes and URLs get it, which know no current folder.
+    data_dir = loaded.settings.data_dir.expanduser().absolute()
+    return replace(loaded, settings=loaded.settings.model_copy(update={"data_dir": data_dir}))
 
 
 def settings_of(ctx: click.Context) -> SharedSettings:
@@ -95,3 +99,7 @@ def _shown(value: object) -> str | int | float | None:
 
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    if level == "INFO":
+        # Theirs tell of connections and steps that went well.
+        for name in ("alembic", "celery", "kombu"):
+            logging.getLogger(name).setLevel(logging.WARNING)

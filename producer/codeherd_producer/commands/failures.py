@@ -50,7 +50,7 @@ class ExitCode(IntEnum):
     GATE = 8
     #: Ctrl-C: detached, the job goes on.
     INTERRUPTED = 130
-    #: The reader of stdout went away, as with `| head`.
+    #: The reader of stdout went away, as with `head`.
     READER_GONE = 141
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import pytest
-
 from codeherd_producer.dispatcher import LONGEST_REST_S, Rest
 
 
@@ -30,4 +28,3 @@ def test_success_after_success_is_no_news() -> None:
     rest.longer(now=0)
     assert rest.is_on
     assert [rest.end(), rest.end(), rest.is_on] == [True, False, False]
-    assert rest.is_over(now=pytest.approx(0))

@@ -248,6 +248,8 @@ def test_jobs_are_part_of_the_callers_transaction(store: Store, database_url: st
         assert store.get(submitted.job_id) is None
 
     assert store.get(submitted.job_id) is not None
+    with database.begin() as connection:
+        connection.execute(text("DROP TABLE orders"))
     database.close()
 
 

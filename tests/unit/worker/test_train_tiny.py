@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("sentencepiece")
+pytest.importorskip("transformers")
 # The recipe is not part of the wheel; it is run from its folder.
 sys.path.insert(0, str(Path(__file__).parents[3] / "worker"))
 
@@ -15,6 +16,7 @@ import sentencepiece
 from train_tiny.corpus import Unit, cut_file, is_held_out, read, summarize, write
 from train_tiny.examples import MIDDLE_WEIGHT, PROMPT_WEIGHT, Formatter, Stream, docstring_hole, make_example
 from train_tiny.tokenizer import INFILLING_PIECES, sample_lines, to_fast, train
+from train_tiny.train import Run, length_limit, lr_share, read_arguments
 
 #: The split must never move: these were held out when the shipped model was trained.
 FIRST_HELD_OUT = [f"package/module{number}.py" for number in (16, 20, 28)]
@@ -128,7 +130,7 @@ def test_only_the_middle_has_full_weight(formatter: Formatter) -> None:
 
     answer = len(formatter.encode_infilling(" return")) + 1
     assert example.weights[-answer:] == [MIDDLE_WEIGHT] * answer
-    assert set(example.weights[:-answer]) == {PROMPT_WEIGHT}
+    assert set(example.weights[:-answer]) == {0.0, PROMPT_WEIGHT}
 
 
 @pytest.mark.parametrize("text", ['"""\n    x', "  a", "", "\n", "naïve ☺"])
@@ -176,3 +178,41 @@ def test_batches_stay_within_their_tokens(units: list[Unit], formatter: Formatte
 
     for batch in stream.round(0, 128):
         assert len(batch) * max(stream.padded_length(example) for example in batch) <= 2048
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    shares = [lr_share(used / 100) for used in range(101)]
+
+    assert shares[0] < 0.05
+    assert max(shares) == shares[20] == 1.0
+    assert shares[50:] == sorted(shares[50:], reverse=True)
+    assert shares[100] == pytest.approx(0.02)
+
+
+def test_long_examples_come_late() -> None:
+    assert length_limit(0.0) < length_limit(0.5) < length_limit(1.0) == 2048
+
+
+def test_a_resumed_run_takes_the_step_that_was_next(units: list[Unit], model: bytes, tmp_path: Path) -> None:
+    write(units, tmp_path / "corpus.jsonl")
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    folders = [
+        "--corpus",
+        str(tmp_path / "corpus.jsonl"),
+        "--tokenizer",
+        str(tmp_path),
+        "--out",
+        str(tmp_path),
+    ]
+    shape = ["--width", "64", "--heads", "1", "--inner", "64", "--layers", "1", "--device", "cpu"]
+    run = Run(read_arguments([*folders, *shape, "--batch-tokens", "512"]))
+    batches = run.batches()
+    for _ in range(3):
+        run.step(next(batches))
+    run.save()
+
+    resumed = Run(read_arguments([*folders, *shape, "--batch-tokens", "512", "--resume"]))
+
+    batch, resumed_batch = next(batches), next(resumed.batches())
+    assert resumed_batch == batch
+    assert resumed.step(resumed_batch) == pytest.approx(run.step(batch), rel=1e-4)

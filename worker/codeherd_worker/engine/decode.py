@@ -11,8 +11,8 @@ What a row computes must not depend on its neighbours, so every shape is fixed:
     reads     the cache is attended up to one of `kv_lengths`, which the longest neighbour decides.
 Fixed shapes alone are not enough: CPU kernels split rows among threads, and the last rows of a thread's
 share can round differently (measured with torch 2.13 and two threads, float32: 5, 6, 7, 9, 10 and 11
-rows). `count_rows` therefore tries the model's layers and adds idle rows until all rows round alike, and
-`warm_up` tries the whole model.
+rows). `count_rows` therefore tries the model's layers and adds idle rows until all rows round alike;
+`attention.py` does its part; `warm_up` tries the whole model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from codeherd_worker.engine import attention
 from codeherd_worker.engine.cache import SlotCache
 from codeherd_worker.engine.sampling import SamplingParams, SlotSampler
 
@@ -64,6 +65,7 @@ class SlotDecoder:
             max_len: tokens per slot, prompt and new ones.
             prefill_chunk: tokens per prefill pass.
         """
+        attention.install(model)
         config = model.config
         embedding = model.get_input_embeddings().weight
         self.device = embedding.device

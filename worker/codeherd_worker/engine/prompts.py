@@ -7,8 +7,7 @@ request, vocabulary and model give the same prompt in any process. Does not know
 
     completion            <s> prompt
     infilling             <s> ▁<PRE> prefix ▁<SUF> suffix ▁<MID>
-    infilling, suffix     <s> ▁<PRE> ▁<SUF> suffix ▁<MID> prefix
-        first
+    with suffix_first     <s> ▁<PRE> ▁<SUF> suffix ▁<MID> prefix
     chat, 7B 13B 34B      <s> [INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {answer} </s> <s> ...
     chat, 70B             <s>  Source: system\n\n {system} <step>  Source: user\n\n {user} <step> ...
                            Source: assistant\nDestination: user\n\n
@@ -41,7 +40,8 @@ from codeherd_worker.engine.vocabulary import Vocabulary
 _CHAT_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<step>")
 
 #: Part of the room that a prefix gets when prefix and suffix both have too much. What stands before the hole
-#: says more about it than what follows: editors' completion clients give the suffix a quarter or less.
+#: says more about it than what follows. Peers give a prefix 3:2 (Continue: prefixPercentage 0.3,
+#: maxSuffixPercentage 0.2) to 4:1 (llama.vim: n_prefix 256 lines, n_suffix 64).
 _PREFIX_SHARE = 3 / 4
 
 #: A cut moves to the next line border if that costs at most this part of the text that is kept.

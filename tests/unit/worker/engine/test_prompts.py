@@ -20,6 +20,7 @@ from codeherd_schema.requests import (
 from codeherd_worker.engine.detokenize import decode
 from codeherd_worker.engine.prompts import build_prompt
 from codeherd_worker.engine.vocabulary import Vocabulary
+from codeherd_worker.prompt_command import EMBEDDED_FOLDER
 from tests.unit.worker.engine.reference_tokenizer import ReferenceTokenizer
 from tests.unit.worker.engine.small_vocabularies import (
     KINDS,
@@ -107,6 +108,18 @@ def test_prompts_equal_the_reference_on_every_split(pair: tuple[Vocabulary, Refe
         ]
 
     assert mismatches == []
+
+
+def test_prompts_of_the_embedded_model_equal_the_reference() -> None:
+    ours = Vocabulary.from_folder(EMBEDDED_FOLDER)
+    reference = ReferenceTokenizer(EMBEDDED_FOLDER / "tokenizer.model")
+
+    for before, after in splits(500, seed=13):
+        completion = build_prompt(GenerateRequest(prompt=before), ours, WIDE)
+        infilling = build_prompt(InfillRequest(prefix=before, suffix=after), ours, WIDE)
+
+        assert list(completion.token_ids) == reference.completion(lf(before))
+        assert list(infilling.token_ids) == reference.infilling(lf(before), lf(after), suffix_first=False)
 
 
 def test_the_published_infilling_prompt() -> None:

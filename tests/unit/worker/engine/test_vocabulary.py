@@ -260,6 +260,25 @@ def test_corrupt_file_is_one_clear_sentence(tmp_path: Path, name: str, content: 
     assert "\n" not in failure.value.message
 
 
+def test_json_whose_ids_have_gaps_is_refused(tmp_path: Path) -> None:
+    document = to_json(read_pieces(write_model("plain", tmp_path / "model")))
+    model = document["model"]
+    assert isinstance(model, dict)
+    del model["vocab"]["▁"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+
+    with pytest.raises(ModelFilesInvalid, match="its ids have gaps"):
+        Vocabulary.from_folder(tmp_path)
+
+
+def test_model_with_a_piece_twice_is_refused(tmp_path: Path) -> None:
+    pieces = read_pieces(write_model("plain", tmp_path / "model"))
+    (tmp_path / "tokenizer.model").write_bytes(pack([*pieces, pieces[-1]]))
+
+    with pytest.raises(ModelFilesInvalid, match="a piece twice"):
+        Vocabulary.from_folder(tmp_path)
+
+
 def test_missing_files_name_the_folder(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ModelFilesInvalid, match="holds no tokenizer"):

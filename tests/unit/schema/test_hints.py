@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import pytest
+
+from codeherd_schema.requests import JobKind
+from codeherd_schema.states import JobState
+from codeherd_schema.store import Hint, Store
+from tests.samples import a_request, rewrite
+
+
+def submit(store: Store, *priorities: int) -> list[str]:
+    return [answer.job_id for answer in store.submit([a_request(priority=p) for p in priorities])]
+
+
+def test_due_jobs_are_hinted_at_once_and_in_order(store: Store) -> None:
+    ids = submit(store, 5, 0, 5, 9)
+
+    first = store.due("tiny", limit=3, stale_s=60)
+    second = store.due("tiny", limit=3, stale_s=60)
+
+    assert [hint.job_id for hint in first] == [ids[1], ids[0], ids[2]]
+    assert first[0] == Hint(ids[1], queue="tiny", kind=JobKind.GENERATE, priority=0, publish_no=1)
+    assert [hint.job_id for hint in second] == [ids[3]]
+
+
+def test_stale_hint_is_owed_again_with_the_next_number(store: Store) -> None:
+    [job_id] = submit(store, 5)
+    store.due("tiny", limit=1, stale_s=60)
+
+    [again] = store.due("tiny", limit=1, stale_s=0)
+
+    assert (again.job_id, again.publish_no) == (job_id, 2)
+
+
+def test_only_due_jobs_of_the_queue_are_hinted_at(store: Store) -> None:
+    store.submit([a_request(run_at=timedelta(days=1))])
+    store.submit([a_request()], queue_of=lambda _: "other")
+    cancelled, running = submit(store, 5, 5)
+    store.request_cancel(cancelled)
+    store.claim(running, worker_id="w", lease_s=60)
+
+    assert store.due("tiny", limit=9, stale_s=0) == []
+
+
+def test_submitter_publishes_what_nobody_published(store: Store, database_url: str) -> None:
+    fresh, hinted, early = submit(store, 5, 0, 5)
+    store.due("tiny", limit=1, stale_s=60)
+    rewrite(database_url, early, run_at=9e9)
+
+    hints = store.mark_published([fresh, hinted, early, "no-such-job"])
+
+    assert [(hint.job_id, hint.publish_no) for hint in hints] == [(fresh, 1)]
+    assert store.mark_published([fresh]) == []
+    assert store.mark_published([]) == []
+
+
+def test_failed_publish_is_owed_again_at_once(store: Store) -> None:
+    ids = submit(store, 5, 5)
+    hints = store.mark_published(ids)
+
+    store.unpublish(hints)
+    store.unpublish([])
+
+    assert [hint.publish_no for hint in store.due("tiny", limit=9, stale_s=60)] == [2, 2]
+
+
+def test_failed_publish_takes_back_no_newer_hint(store: Store) -> None:
+    ids = submit(store, 5)
+    old = store.mark_published(ids)
+    store.due("tiny", limit=1, stale_s=0)
+
+    store.unpublish(old)
+
+    assert store.due("tiny", limit=1, stale_s=60) == []
+
+
+def test_racing_dispatchers_hint_at_each_job_once(store: Store) -> None:
+    ids = submit(store, *[5] * 60)
+    start = threading.Barrier(4)
+    found: list[str] = []
+
+    def dispatch() -> None:
+        start.wait()
+        for _ in range(4):
+            found.extend(hint.job_id for hint in store.due("tiny", limit=10, stale_s=60))
+
+    threads = [threading.Thread(target=dispatch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found.extend(hint.job_id for hint in store.due("tiny", limit=60, stale_s=60))
+
+    assert sorted(found) == ids
+
+
+@pytest.mark.parametrize("queues", [[], ["a"], ["b", "a", "c", "a"]])
+def test_queues_with_queued_jobs_are_listed(store: Store, queues: list[str]) -> None:
+    for queue in queues:
+        store.submit([a_request(model=queue)])
+    [ended] = store.submit([a_request()], queue_of=lambda _: "ended")
+    assert store.request_cancel(ended.job_id) is JobState.CANCELLED
+
+    assert store.queues_with_work() == sorted(set(queues))
