@@ -32,7 +32,7 @@ from codeherd_schema.states import JobState
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Data of the demo: kept after it, removed by the next one.
-DATA_DIR = ROOT / ".codeherd" / "demo"
+DATA_DIR = Path(os.environ.get("CODEHERD_DATA_DIR", ROOT / ".codeherd" / "demo"))
 #: A real file with many undocumented functions.
 SOURCE = ROOT / "worker" / "codeherd_worker" / "supervisor.py"
 #: Seconds to wait for the stack, and for all jobs.
@@ -57,10 +57,11 @@ def main() -> int:
         jobs = submit_all(client, console)
         follow(client, jobs, console)
     status = show(console)
-    console.print(f"\nThe data is in {DATA_DIR.relative_to(ROOT)}/codeherd.db; look at it again with")
-    console.print(f"  export CODEHERD_DATA_DIR={DATA_DIR.relative_to(ROOT)}")
+    console.print(f"\nThe data is in {DATA_DIR}/codeherd.db; start the stack on it in one terminal")
+    console.print(f"  CODEHERD_DATA_DIR={DATA_DIR} .venv/bin/codeherd up")
+    console.print("and look at it, or submit more, from another:")
+    console.print(f"  export CODEHERD_DATA_DIR={DATA_DIR}")
     console.print("  .venv/bin/codeherd ls")
-    console.print("Start the stack in one terminal, `.venv/bin/codeherd up`, and submit from another:")
     console.print('  echo -e "# factorial\\ndef factorial(n):" | .venv/bin/codeherd submit generate - --wait')
     return status
 

@@ -222,7 +222,7 @@ none is renamed or removed.
 | `ls`, `wait` | `{{"schema", "jobs": [job]}}` |
 | `status` | `{{"schema", "jobs": [job and "attempts": [attempt]]}}` |
 | `cancel`, `retry` | `{{"schema", "jobs": [{{"id", "state"}}]}}` |
-| `prompt` | `{{"schema", "model", "kind", "prompt_tokens", "token_ids", "pieces", "text", "stop_ids", "cut"}}` |
+| `prompt` | `{{"schema", "model", "kind", "prompt_tokens", "token_ids", "pieces", "text", …}}` |
 | `models` | `{{"schema", "models": [model]}}` |
 | `doctor` | `{{"schema", "findings": [{{"part", "verdict", "message", "hint"}}]}}` |
 | `config show` | `{{"schema", "settings": {{name: {{"value", "origin"}}}}}}` |
@@ -231,9 +231,10 @@ none is renamed or removed.
 
 A job is `{{"id", "kind", "model", "state", "priority", "attempt", "max_attempts", "crash_count", "worker",
 "run_at", "expires_at", "deadline", "created_at", "started_at", "finished_at", "batch_id",
-"idempotency_key", "labels", "error"}}`, an attempt `{{"attempt", "worker", "started_at", "ended_at", "outcome",
-"error"}}`, an error `{{"code", "message"}}` or null, a model `{{"name", "source", "parameters",
-"context_window", "kv_bytes_per_token", "kinds", "chat"}}`. Times are ISO 8601 in UTC or null. A result is `codeherd_schema/results.py`'s `Result`.
+"idempotency_key", "labels", "error"}}`, an attempt `{{"attempt", "worker", "started_at", "ended_at",
+"outcome", "error"}}`, an error `{{"code", "message"}}` or null, a model `{{"name", "source", "parameters",
+"context_window", "kv_bytes_per_token", "kinds", "chat"}}`. Times are ISO 8601 in UTC, or null. A result is
+`Result` of `codeherd_schema/results.py`.
 
 ## Commands
 

@@ -85,12 +85,28 @@ class Stack:
             finally:
                 self._stop()
 
+    def commands(self) -> list[Command]:
+        """Return everything that runs beside Redis, in the order of starting; says where Flower is."""
+        # `-P` keeps the current folder off the path: it may hold anybody's modules.
+        python = (sys.executable, "-P", "-m")
+        own = (*python, "codeherd_producer.cli")
+        commands = [Command("dispatcher", (*own, "dispatcher"), self._environment, GRACE_S, WRONG_USE)]
+        if self._plan.flower:
+            environment = self._flower_environment()
+            commands.append(Command("flower", (*own, "flower"), environment, GRACE_S, WRONG_USE))
+        for number in range(self._plan.workers):
+            arguments = (*python, "codeherd_worker", *self._plan.worker_arguments)
+            if self._plan.workers > 1:
+                arguments += ("--name", f"up{number}")
+            commands.append(Command(f"worker {number}", arguments, self._environment, None, WORKER_HOPELESS))
+        return commands
+
     def _start(self, wait: Callable[[float], None], upgrade: Callable[[], object]) -> None:
         if self._redis is not None:
             self._add(self._redis)
             self._await_redis(wait)
         upgrade()
-        for command in self._commands():
+        for command in self.commands():
             if not self._signals:
                 self._add(command)
 
@@ -171,27 +187,12 @@ class Stack:
         arguments = server_command(find_redis_server(), self._settings.data_dir)
         return Command("redis", arguments, self._environment, GRACE_S)
 
-    def _commands(self) -> list[Command]:
-        # `-P` keeps the current folder off the path: it may hold anybody's modules.
-        python = (sys.executable, "-P", "-m")
-        own = (*python, "codeherd_producer.cli")
-        commands = [Command("dispatcher", (*own, "dispatcher"), self._environment, GRACE_S, WRONG_USE)]
-        if self._plan.flower:
-            environment = self._flower_environment()
-            commands.append(Command("flower", (*own, "flower"), environment, GRACE_S, WRONG_USE))
-        for number in range(self._plan.workers):
-            arguments = (*python, "codeherd_worker", *self._plan.worker_arguments)
-            if self._plan.workers > 1:
-                arguments += ("--name", f"up{number}")
-            commands.append(Command(f"worker {number}", arguments, self._environment, None, WORKER_HOPELESS))
-        return commands
-
     def _flower_environment(self) -> Mapping[str, str]:
         settings = self._settings
         # Chosen here, so that a restarted Flower is found where the first one was.
         port = settings.flower_port or _free_port(settings.flower_address)
         password = settings.flower_password or secrets.token_urlsafe(12)
-        shown = "the one that is set" if settings.flower_password else f"`{password}`"
+        shown = "as it is set" if settings.flower_password else f"`{password}`"
         url = f"http://{settings.flower_address}:{port}"
         self._say(f"flower: {url}, user `{settings.flower_user}`, password {shown}")
         # By the environment: the arguments of a process are for all to see.

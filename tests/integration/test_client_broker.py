@@ -167,7 +167,7 @@ def test_an_ending_is_heard_without_a_poll(
     worker = Broker(settings)
     with Client(settings) as client, ThreadPoolExecutor(8) as pool:
         jobs = client.submit_many(requests(8))
-        waiting = [pool.submit(job.result) for job in jobs]
+        waiting = [pool.submit(job.result, NEVER_S) for job in jobs]
         wait_until(lambda: listeners(redis_server) == len(jobs), "everybody to listen")
 
         for job in jobs:
@@ -186,7 +186,7 @@ def test_a_job_that_ends_while_a_wait_begins_is_never_missed(
     worker = Broker(settings)
     with Client(settings) as client, ThreadPoolExecutor(1) as pool:
         for job in client.submit_many(requests(30)):
-            waiting = pool.submit(job.result)
+            waiting = pool.submit(job.result, NEVER_S)
 
             finish(store, job.id)
             worker.announce(job.id)
@@ -219,7 +219,7 @@ def test_a_wait_outlives_its_redis(sqlite_url: str, own_server: RedisServer, is_
     store = Store.open(sqlite_url)
     with Client(settings_of(sqlite_url, own_server.url)) as client, ThreadPoolExecutor(1) as pool:
         job = client.submit(GenerateRequest(prompt="x"))
-        waiting = pool.submit(job.result)
+        waiting = pool.submit(job.result, NEVER_S)
         wait_until(lambda: listeners(own_server) == 1, "the client to listen")
 
         if is_hung:
@@ -239,9 +239,11 @@ def test_a_wait_needs_no_redis_at_all(sqlite_url: str) -> None:
         ThreadPoolExecutor(1) as pool,
     ):
         job = client.submit(GenerateRequest(prompt="x"))
-        waiting = pool.submit(job.result)
+        waiting = pool.submit(job.result, NEVER_S)
 
-        assert waiting.result() == finish(store, job.id)
+        stored = finish(store, job.id)
+
+        assert waiting.result() == stored
     store.close()
 
 
@@ -278,7 +280,7 @@ def test_cancelling_a_queued_job_ends_the_waits_for_it(
         ThreadPoolExecutor(1) as pool,
     ):
         job = client.submit(GenerateRequest(prompt="x"))
-        waiting = pool.submit(job.wait)
+        waiting = pool.submit(job.wait, NEVER_S)
         wait_until(lambda: listeners(redis_server) == 1, "the client to listen")
 
         assert job.cancel() is JobState.CANCELLED

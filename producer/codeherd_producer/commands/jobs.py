@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from codeherd_producer.client import Client, Job
+from codeherd_producer.commands.clients import open_client
 from codeherd_producer.commands.configuration import settings_of
 from codeherd_producer.commands.help_text import Verb
 from codeherd_producer.commands.output import (
@@ -51,7 +52,7 @@ def status(ctx: click.Context, ids: tuple[str, ...], batch_id: str | None, as_js
     codeherd status 0199d1a2-…
     codeherd status --batch nightly --json
     """
-    with Client(settings_of(ctx), publish=False) as client:
+    with open_client(settings_of(ctx), publish=False) as client:
         chosen = _chosen(ctx, client, ids, batch_id)
         rows = [job.row for job in chosen.values()]
         if as_json:
@@ -85,7 +86,7 @@ def result(
     """
     if (job_id is None) == (batch_id is None):
         raise click.UsageError("give one ID, or --batch NAME", ctx)
-    with Client(settings_of(ctx), publish=False) as client:
+    with open_client(settings_of(ctx), publish=False) as client:
         if job_id is not None:
             print_result(client, client.get(job_id), as_json=as_json, echo=echo, index=index)
             return
@@ -112,7 +113,7 @@ def wait(
     Exit status: 0 all succeeded, 3 the time is over and some go on, 7 some ended without a result; of
     one job: 5 failed, 6 cancelled or expired.
     """
-    with Client(settings_of(ctx)) as client:
+    with open_client(settings_of(ctx), publish=True) as client:
         chosen = _chosen(ctx, client, ids, batch_id)
         again = f"--batch {batch_id}" if batch_id else " ".join(ids)
         states = []
@@ -150,7 +151,7 @@ def ls(ctx: click.Context, /, as_json: bool, state: str | None, kind: str | None
     codeherd ls --state failed --label team=docs
     codeherd ls --batch nightly | cut -f1 | xargs codeherd cancel
     """
-    with Client(settings_of(ctx), publish=False) as client:
+    with open_client(settings_of(ctx), publish=False) as client:
         found = client.list(
             state=JobState(state) if state else None, kind=JobKind(kind) if kind else None, **filters
         )
@@ -169,7 +170,7 @@ def cancel(ctx: click.Context, ids: tuple[str, ...], batch_id: str | None, as_js
 
     A job that has ended stays as it is, so cancelling twice does no harm. Prints each id and state.
     """
-    with Client(settings_of(ctx)) as client:
+    with open_client(settings_of(ctx), publish=True) as client:
         chosen = _chosen(ctx, client, ids, batch_id)
         _print_states({job_id: client.cancel(job_id) for job_id in chosen}, as_json=as_json)
 
@@ -183,7 +184,7 @@ def retry(ctx: click.Context, ids: tuple[str, ...], batch_id: str | None, as_jso
 
     Only jobs that ended without a result; with --batch all of these. Prints each id and state.
     """
-    with Client(settings_of(ctx), publish=False) as client:
+    with open_client(settings_of(ctx), publish=False) as client:
         chosen = _chosen(ctx, client, ids, batch_id)
         if batch_id is not None:
             chosen = {i: job for i, job in chosen.items() if job.row.state in sources(Move.REQUEUE)}

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from codeherd_producer.client import Client
 from codeherd_producer.commands.batch import read_batch
+from codeherd_producer.commands.clients import open_client
 from codeherd_producer.commands.configuration import settings_of
 from codeherd_producer.commands.help_text import Noun
 from codeherd_producer.commands.jobs import print_result
@@ -109,7 +109,7 @@ def jsonl(ctx: click.Context, /, file: str, **values: Any) -> None:
     """
     settings = settings_of(ctx)
     with (
-        Client(settings, publish=values["wait"]) as client,
+        open_client(settings, publish=values["wait"]) as client,
         read_batch(
             client,
             file,
@@ -143,7 +143,7 @@ def _submit(ctx: click.Context, kind: JobKind, values: dict[str, Any]) -> None:
     settings = settings_of(ctx)
     request = make_request(kind, values, ctx=ctx, default_model=settings.default_model)
     # Without a wait the dispatcher publishes, within half a second: Celery need not be imported here.
-    with Client(settings, publish=values["wait"]) as client:
+    with open_client(settings, publish=values["wait"]) as client:
         job = client.submit(request)
         if job.deduplicated:
             note("note: this key and request were submitted before, it is the same job")

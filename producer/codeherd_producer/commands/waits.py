@@ -7,6 +7,7 @@ Owns: that, and the exit code of a wait for several jobs. Does not know how endi
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -53,6 +54,28 @@ def ended_jobs(
     Raises:
         WaitTimeout: some have not ended; they go on.
     """
+    jobs = _as_they_end(client, handles, timeout, cancel_on_interrupt, reattach)
+    if not (sys.stderr.isatty() and sys.stdout.isatty()):
+        yield from jobs
+        return
+    # On the same terminal: what is written before the bar is gone would be erased with it.
+    held: list[Job] = []
+    try:
+        for job in jobs:
+            held.append(job)
+    except WaitTimeout:
+        yield from held
+        raise
+    yield from held
+
+
+def _as_they_end(
+    client: Client,
+    handles: Mapping[str, Job],
+    timeout: timedelta | None,
+    cancel_on_interrupt: bool,
+    reattach: str,
+) -> Iterator[Job]:
     left = set(handles)
     try:
         with progress(len(handles)) as meter, client.watch() as watch:

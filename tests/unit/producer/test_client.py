@@ -58,7 +58,9 @@ def test_submit_commits_a_queued_row(client: Client, store: Store) -> None:
 
 
 def test_a_model_has_one_name_in_the_rows_however_it_was_spelled(client: Client) -> None:
-    jobs = [client.submit(GenerateRequest(prompt="x", model=m)) for m in ("codellama/CodeLlama-7b-hf", "TINY")]
+    jobs = [
+        client.submit(GenerateRequest(prompt="x", model=m)) for m in ("codellama/CodeLlama-7b-hf", "TINY")
+    ]
 
     assert [(job.row.model, job.row.queue) for job in jobs] == [
         ("codellama-7b", "codeherd.codellama-7b"),
@@ -240,7 +242,7 @@ def test_a_result_is_returned_when_it_comes(client: Client, store: Store) -> Non
     job = client.submit(GenerateRequest(prompt="x"))
 
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(job.result)
+        waiting = pool.submit(job.result, 60)
         stored = finish(store, job.id, "y = 1\0é🙂")
 
         assert waiting.result() == stored

@@ -38,7 +38,10 @@ def fits(request: GenerateRequest, model: ServedModel, tokens: int) -> bool:
 
 
 def test_only_the_middle_is_doubtful() -> None:
-    assert [is_doubtful(GenerateRequest(prompt=text), TINY) for text in (SURELY_FITS, DOUBTFUL)] == [False, True]
+    assert [is_doubtful(GenerateRequest(prompt=text), TINY) for text in (SURELY_FITS, DOUBTFUL)] == [
+        False,
+        True,
+    ]
     with pytest.raises(PromptTooLong):
         ModelTable().check(GenerateRequest(prompt=SURELY_TOO_LONG))
 
@@ -85,7 +88,7 @@ def test_submit_refuses_by_the_models_tokenizer(model: ServedModel, sqlite_url: 
     settings = SharedSettings.model_validate({"database_url": sqlite_url, "models_file": models_file})
 
     with Client(settings, publish=False) as client:
-        with pytest.raises(PromptTooLong, match="prompt has 2"):
+        with pytest.raises(PromptTooLong, match=r"prompt has \d+ tokens"):
             client.submit(GenerateRequest(model="here", prompt="é\x01" * 900))
         assert client.list() == []
 

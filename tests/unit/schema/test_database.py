@@ -88,11 +88,13 @@ def test_server_that_comes_back_is_used_again() -> None:
         database = Database.open(server.url)
         before = database.clock()
 
-        with database.begin() as connection:
-            connection.execute(text("SELECT 1"))
-            server.kill()
-            with pytest.raises(exc.OperationalError):
+        def crash_midway() -> None:
+            with database.begin() as connection:
+                server.kill()
                 connection.execute(text("SELECT 1"))
+
+        with pytest.raises(DatabaseUnavailable):
+            crash_midway()
         with pytest.raises(DatabaseUnavailable):
             database.clock()
         server.start()

@@ -211,7 +211,9 @@ def _read_config(folder: Path) -> LlamaConfig:
     try:
         return LlamaConfig.from_dict(fields)
     except Exception as err:  # its validators raise many kinds
-        raise ModelFilesInvalid(f"config.json is not a Llama's: {type(err).__name__}") from err
+        raise ModelFilesInvalid(
+            f"config.json is not a Llama's: {type(err).__name__}", hint="download the file again"
+        ) from err
 
 
 def _read_json(path: Path) -> dict[str, Any]:

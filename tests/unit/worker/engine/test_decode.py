@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,9 +21,19 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(autouse=True)
-def _without_gradients() -> Any:
+def _inference() -> Iterator[None]:
+    # Threads that wait for each other are slow on a busy machine: two only where they matter.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _two_threads(_inference: None) -> None:
+    # With one thread, all rows round alike without our doing.
+    torch.set_num_threads(2)
 
 
 def make_decoder(model: LlamaForCausalLM, *, slots: int = SLOTS, max_len: int = 700) -> SlotDecoder:
@@ -70,29 +80,40 @@ def test_every_slot_says_what_generate_says(kv_heads: int) -> None:
         assert tokens == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("slots", [1, 3, 5, 6, 7, 8])
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize(
+    ("slots", "kv_heads", "dtype"),
+    [
+        (3, 4, torch.float32),
+        (5, 4, torch.float32),
+        (6, 2, torch.float32),
+        (3, 4, torch.bfloat16),
+        (5, 2, torch.bfloat16),
+        (3, 4, torch.float16),
+    ],
+)
 def test_logits_are_the_same_bits_in_every_slot_beside_any_neighbour(
-    slots: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    slots: int, kv_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = make_decoder(tiny_llama().to(dtype), slots=slots)
+    decoder = make_decoder(tiny_llama(num_key_value_heads=kv_heads).to(dtype), slots=slots)
     recorded = record_steps(decoder, monkeypatch)
     prompt = random_prompt(70)
     rows: list[torch.Tensor] = []
 
     for slot in range(slots):
-        for other in range(slot):
-            start(decoder, other, random_prompt(10 + 50 * other))
+        neighbour = (slot + 1) % slots
+        if neighbour != slot:
+            start(decoder, neighbour, random_prompt(1 + 20 * slot))
         start(decoder, slot, prompt)
-        for _ in range(3):
+        for _ in range(2):
             decoder.step()
-        rows.append(torch.stack([logits[slot] for logits in recorded[-3:]]))
-        for used in range(slot + 1):
-            decoder.release(used)
+        rows.append(torch.stack([logits[slot] for logits in recorded[-2:]]))
+        decoder.release(slot)
 
     assert all(torch.equal(row, rows[0]) for row in rows)
 
 
+@pytest.mark.usefixtures("_two_threads")
 def test_a_long_neighbour_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(tiny_llama(hidden_size=128, num_attention_heads=2, num_key_value_heads=1))
     recorded = record_steps(decoder, monkeypatch)
@@ -110,6 +131,7 @@ def test_a_long_neighbour_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(alone[1], beside[1])
 
 
+@pytest.mark.usefixtures("_two_threads")
 def test_warm_up_finds_that_rounding_depends_on_nothing(model: LlamaForCausalLM) -> None:
     decoder = make_decoder(model)
 
@@ -146,8 +168,9 @@ def test_warm_up_says_when_rows_differ(
     assert "rows_disagree" in caplog.text
 
 
+@pytest.mark.usefixtures("_two_threads")
 def test_rows_are_added_until_all_round_alike(model: LlamaForCausalLM) -> None:
-    for slots in range(1, 13):
+    for slots in (1, 4, 5, 9):
         rows = count_rows(model, slots)
 
         vector = torch.randn(1, 1, 64).expand(rows, -1, -1).contiguous()

@@ -58,6 +58,15 @@ class Clock:
         return self.now_s
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Threads that wait for each other are slow on a busy machine; `test_decode.py` uses two.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     return tiny_llama()
@@ -117,9 +126,9 @@ def fail_at_pass(model: LlamaForCausalLM, number: int, error: BaseException) -> 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_greedy_answers_equal_generate_whatever_runs_beside(kv_heads: int) -> None:
     model = tiny_llama(num_key_value_heads=kv_heads)
-    lengths = [1, 2, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 192, 300, 511, 512, 513, 600]
+    lengths = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 192, 300, 511, 512, 513, 600]
     prompts = [random_prompt(length) for length in lengths]
-    counts = [8 + index % 5 * 6 for index in range(len(prompts))]
+    counts = [4 + index % 5 * 5 for index in range(len(prompts))]
     expected = [generate_alone(model, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
     order = list(range(len(prompts)))
 
@@ -154,16 +163,13 @@ def quantized(folder: Any, quantization: Any) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4", "int8"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_answer_is_the_same_bits_alone_and_in_any_mix(kind: str, tmp_path: Any) -> None:
-    if kind in ("nf4", "int8"):
-        model = quantized(tmp_path, kind)
-    else:
-        model = tiny_llama().to(getattr(torch, kind))
+    is_quantized = kind in ("nf4", "int8")
+    model = quantized(tmp_path, kind) if is_quantized else tiny_llama().to(getattr(torch, kind))
     with running(model, slots=5) as engine:
         alone = [wait(engine.submit(request)).token_ids for request in varied_requests()]
 
-        for seed in range(3):
+        for seed in range(2):
             order = list(enumerate(varied_requests()))
             random.Random(seed).shuffle(order)
             futures = {index: engine.submit(request) for index, request in order}
