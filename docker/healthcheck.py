@@ -47,8 +47,8 @@ def worker_fault(settings: SharedSettings) -> str | None:
         answers = {name for name in broker.workers(ANSWER_S) if name.endswith(f"@{socket.gethostname()}")}
     finally:
         broker.close()
-    missing = started_workers() - len(answers)
-    return f"{missing} worker processes do not answer" if missing > 0 or not answers else None
+    expected = max(started_workers(), 1)
+    return None if len(answers) >= expected else f"{len(answers)} of {expected} worker processes answer"
 
 
 def started_workers() -> int:

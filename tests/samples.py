@@ -62,9 +62,9 @@ def delete_all_jobs(database_url: str) -> None:
 texts = st.text(st.characters(codec="utf-8"), max_size=200)
 words = st.text("abcXYZ019._:/@+-", min_size=1, max_size=64)
 short_texts = st.text(st.characters(codec="utf-8"), max_size=50)
-_zones = st.integers(-14 * 60, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
+zones = st.integers(-14 * 60, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 moments = st.one_of(
-    st.datetimes(datetime(1990, 1, 1), datetime(9000, 1, 1), timezones=_zones),  # noqa: DTZ001
+    st.datetimes(datetime(1990, 1, 1), datetime(9000, 1, 1), timezones=zones),  # noqa: DTZ001
     st.timedeltas(timedelta(0), timedelta(days=100_000)),
 )
 samplings = st.fixed_dictionaries(

@@ -168,7 +168,7 @@ class Client:
             DatabaseUnavailable: nothing is known to be queued; submit again, with an idempotency key
                 if a second job would do harm.
         """
-        [job] = self._submit([request], connection=connection)
+        [job] = self._insert([request], self._accept([request], queued=None), connection=connection)
         return job
 
     def submit_many(self, requests: Iterable[Request], *, batch_id: str | None = None) -> list[Job]:
@@ -187,24 +187,26 @@ class Client:
             InvalidRequest: names the place of the first wrong request and how many were queued.
             DatabaseUnavailable: as in `submit`.
         """
-        if isinstance(requests, Sequence):
-            _raise_first(self.faults(requests), queued=0)
         handles: list[Job] = []
+        if isinstance(requests, Sequence):
+            models = self._accept(requests, queued=0)
+            for start in range(0, len(requests), CHUNK):
+                part = slice(start, start + CHUNK)
+                handles += self._insert(requests[part], models[part], batch_id=batch_id)
+            return handles
         remaining = iter(requests)
         while chunk := list(itertools.islice(remaining, CHUNK)):
-            handles += self._submit(chunk, batch_id=batch_id, queued=len(handles))
+            handles += self._insert(chunk, self._accept(chunk, queued=len(handles)), batch_id=batch_id)
         return handles
 
-    def _submit(
+    def _insert(
         self,
         requests: Sequence[Request],
+        models: Sequence[ServedModel],
         *,
         connection: Connection | None = None,
         batch_id: str | None = None,
-        queued: int | None = None,
     ) -> list[Job]:
-        models, faults = self._judge(requests)
-        _raise_first(faults, queued=queued)
         # One name per model in the rows, whichever way the request spelled it.
         named = [
             request if request.model == model.name else request.model_copy(update={"model": model.name})
@@ -217,13 +219,18 @@ class Client:
             connection=connection,
             batch_id=batch_id,
         )
-        fresh = [(s.job_id, r) for s, r in zip(submitted, named, strict=True) if not s.deduplicated]
-        logger.info("jobs_queued count=%d first_job_id=%s", len(fresh), submitted[0].job_id)
         if connection is None:
+            fresh = [(s.job_id, r) for s, r in zip(submitted, named, strict=True) if not s.deduplicated]
+            logger.info("jobs_queued count=%d first_job_id=%s", len(fresh), submitted[0].job_id)
             # Most urgent first, as far as there is room.
             fresh.sort(key=lambda item: item[1].priority)
             self._publish((job_id, queue_name(request.model)) for job_id, request in fresh)
         return [Job(self, s.job_id, deduplicated=s.deduplicated) for s in submitted]
+
+    def _accept(self, requests: Sequence[Request], *, queued: int | None) -> list[ServedModel]:
+        models, faults = self._judge(requests)
+        _raise_first(faults, queued=queued)
+        return models
 
     def _judge(self, requests: Sequence[Request]) -> tuple[list[ServedModel], dict[int, InvalidRequest]]:
         faults: dict[int, InvalidRequest] = {}

@@ -24,8 +24,9 @@ from codeherd_schema.requests import Overflow, Request, dump_request
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that one count may take before the prompts are accepted uncounted.
+#: Seconds that one count may take before the prompts are accepted uncounted: to begin, and per prompt.
 TIMEOUT_S = 20.0
+TIMEOUT_PER_PROMPT_S = 0.02
 #: Seconds to accept a model's prompts uncounted after its tokenizer could not be asked.
 REST_S = 60.0
 #: `-P` keeps the current folder off the path: it may hold anybody's `codeherd_worker`.
@@ -44,7 +45,7 @@ class PromptCounter:
         timeout_s: float = TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Count with `command`, at most `timeout_s` seconds at a time; `clock` gives seconds."""
+        """Count with `command`, which gets `timeout_s` seconds to begin; `clock` gives seconds."""
         self._command = tuple(command)
         self._timeout_s = timeout_s
         self._clock = clock
@@ -91,7 +92,7 @@ class PromptCounter:
             input=json.dumps(question),
             capture_output=True,
             encoding="utf-8",
-            timeout=self._timeout_s,
+            timeout=self._timeout_s + TIMEOUT_PER_PROMPT_S * len(question["requests"]),
             check=True,
         )
         answers: Sequence[Mapping[str, Any]] = json.loads(done.stdout)["prompts"]

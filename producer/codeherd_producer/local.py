@@ -31,6 +31,8 @@ from codeherd_schema.settings import SharedSettings
 
 #: Seconds for the embedded Redis to answer; a large append-only file takes a while to read.
 REDIS_START_S: Final = 60.0
+#: First word of the workers' names.
+WORKER: Final = "worker"
 #: Seconds for a process to end; a worker bounds its own drain.
 GRACE_S: Final = 10.0
 #: Statuses of our own commands that come from a wrong setting or option.
@@ -98,7 +100,9 @@ class Stack:
             arguments = (*python, "codeherd_worker", *self._plan.worker_arguments)
             if self._plan.workers > 1:
                 arguments += ("--name", f"up{number}")
-            commands.append(Command(f"worker {number}", arguments, self._environment, None, WORKER_HOPELESS))
+            commands.append(
+                Command(f"{WORKER} {number}", arguments, self._environment, None, WORKER_HOPELESS)
+            )
         return commands
 
     def _start(self, wait: Callable[[float], None], upgrade: Callable[[], object]) -> None:
@@ -115,7 +119,10 @@ class Stack:
         ends_at = time.monotonic() + REDIS_START_S
         while not self._signals and not answers(path):
             if time.monotonic() > ends_at:
-                raise ServiceUnavailable(f"the embedded Redis does not answer after {REDIS_START_S:g} s")
+                raise ServiceUnavailable(
+                    f"the embedded Redis does not answer after {REDIS_START_S:g} s",
+                    hint=f"`{self._settings.data_dir / 'redis.log'}` may say why",
+                )
             wait(0.05)
             self._children[0].watch(time.monotonic())
 
@@ -144,6 +151,10 @@ class Stack:
         if self._children:
             self._say("stopping: running jobs may finish; Ctrl-C again stops at once")
         asked = max(self._signals, 1)
+        # All workers drain at the same time, and everything they need is still there.
+        for child in self._children:
+            if child.command.name.startswith(WORKER):
+                child.ask_to_stop()
         for child in reversed(self._children):
             child.stop(in_a_hurry=lambda: self._signals > asked)
         self._say("stopped")
@@ -190,7 +201,7 @@ class Stack:
     def _flower_environment(self) -> Mapping[str, str]:
         settings = self._settings
         # Chosen here, so that a restarted Flower is found where the first one was.
-        port = settings.flower_port or _free_port(settings.flower_address)
+        port = _free_port(settings.flower_address, settings.flower_port)
         password = settings.flower_password or secrets.token_urlsafe(12)
         shown = "as it is set" if settings.flower_password else f"`{password}`"
         url = f"http://{settings.flower_address}:{port}"
@@ -232,6 +243,17 @@ def _broker(settings: SharedSettings) -> Iterator[Broker]:
         broker.close()
 
 
-def _free_port(address: str) -> int:
-    with socket.create_server((address, 0)) as server:
-        return int(server.getsockname()[1])
+def _free_port(address: str, port: int) -> int:
+    """Return `port` if nothing listens on it, or any free one for 0.
+
+    Raises:
+        ConfigurationError: something does.
+    """
+    try:
+        with socket.create_server((address, port)) as server:
+            return int(server.getsockname()[1])
+    except OSError as err:
+        raise ConfigurationError(
+            f"Flower cannot listen on {address}:{port}: {err.strerror or err}",
+            hint="--flower-port 0 takes any free port, --no-flower leaves Flower out",
+        ) from err

@@ -13,7 +13,7 @@ from typing import Final
 from celery import Celery
 
 from codeherd_schema.broker import make_app, queue_name, task_name
-from codeherd_schema.errors import ConfigurationError, InvalidSetting
+from codeherd_schema.errors import ConfigurationError, InvalidSetting, ServiceUnavailable
 from codeherd_schema.models import ModelTable
 from codeherd_schema.requests import JobKind
 from codeherd_schema.settings import SharedSettings
@@ -74,13 +74,20 @@ def run_flower(settings: SharedSettings, password: str, environment: MutableMapp
     Raises:
         ConfigurationError: Flower is not installed.
         InvalidSetting: see `flower_arguments`.
+        ServiceUnavailable: something else listens on its port.
     """
     if not is_installed():
         raise ConfigurationError("Flower is not installed", hint="pip install 'codeherd[monitor]'")
     environment.pop(_OPEN_API, None)
     # It warns of every inspection that no worker answers, which is what it looks like before a start.
     logging.getLogger("flower.inspector").setLevel(logging.ERROR)
-    monitor_app(settings).start(["--quiet", "flower", *flower_arguments(settings, password)])
+    app = monitor_app(settings)
+    arguments = flower_arguments(settings, password)
+    try:
+        app.start(["--quiet", "flower", *arguments])
+    except OSError as err:
+        where = f"{settings.flower_address}:{settings.flower_port}"
+        raise ServiceUnavailable(f"Flower cannot listen on {where}: {err.strerror or err}") from err
 
 
 def _runs_in_a_worker(job_id: str) -> None:

@@ -53,6 +53,7 @@ class Child:
         self._started_at = 0.0
         self._deaths = 0
         self._due_at = 0.0
+        self._is_asked = False
 
     @property
     def pid(self) -> int | None:
@@ -93,6 +94,12 @@ class Child:
         elif now >= self._due_at:
             self.start()
 
+    def ask_to_stop(self) -> None:
+        """Ask the process to end, once, and do not wait for it."""
+        if self._process is not None and not self._is_asked:
+            self._is_asked = True
+            self._process.terminate()
+
     def stop(self, *, in_a_hurry: Callable[[], bool]) -> None:
         """Ask the process to end and wait for it; kill it when its grace is over.
 
@@ -101,7 +108,7 @@ class Child:
         """
         if self._process is None:
             return
-        self._process.terminate()
+        self.ask_to_stop()
         grace_s = self.command.grace_s
         ends_at = math.inf if grace_s is None else time.monotonic() + grace_s
         hurried = False

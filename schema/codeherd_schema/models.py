@@ -153,7 +153,10 @@ class ModelTable:
             raise InvalidSetting(
                 f"models_file `{path}` cannot be read: {err}", hint="see `codeherd models --help`"
             ) from err
-        return cls(_own_entry(path, name, entry) for name, entry in data.get("models", {}).items())
+        entries = data.get("models", {})
+        if not isinstance(entries, dict):
+            raise InvalidSetting(f"models_file `{path}`: `models` must be a table of tables")
+        return cls(_own_entry(path, name, entry) for name, entry in entries.items())
 
     def __iter__(self) -> Iterator[ServedModel]:
         """Iterate over the models in table order."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from datetime import timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
@@ -39,6 +40,8 @@ Moment = AwareDatetime | timedelta
 #: A name for people and filters: no spaces, no control characters.
 Word = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._:/@+-]+$")]
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+#: Kept as it is in a text column, where PostgreSQL has no room for NUL.
+Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]+$")]
 ShortText = Annotated[str, StringConstraints(max_length=512)]
 
 
@@ -103,7 +106,7 @@ class JobOptions(Frozen):
     #: Stopped if not finished by this.
     deadline: Moment | None = None
     #: Same key and same request give the same job; same key and another request are refused.
-    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
+    idempotency_key: Key | None = None
     #: For filters: `codeherd ls --label team=docs`.
     labels: dict[Word, ShortText] = Field(default={}, max_length=16)
     #: Kept and given back, never looked at.
@@ -155,7 +158,10 @@ class InfillRequest(JobOptions):
                 hint="give the two sides of the hole apart, as prefix and suffix, or choose another marker",
             )
         prefix, suffix = text.split(marker)
-        return cls(prefix=prefix, suffix=suffix, **options)
+        try:
+            return cls(prefix=prefix, suffix=suffix, **options)
+        except ValidationError as err:
+            raise InvalidRequest(first_fault(err)) from err
 
 
 class Message(Frozen):
@@ -195,7 +201,7 @@ def parse_request(data: object) -> Request:
     try:
         return _REQUEST.validate_python(data, strict=False)
     except ValidationError as err:
-        raise InvalidRequest(first_fault(err)) from err
+        raise InvalidRequest(first_fault(err, skip=1)) from err
 
 
 def dump_request(request: Request) -> dict[str, Any]:
@@ -203,10 +209,23 @@ def dump_request(request: Request) -> dict[str, Any]:
     return request.model_dump(mode="json")
 
 
-def first_fault(err: ValidationError) -> str:
-    """Say the first fault of a validation in one line, without the offending text."""
+def first_fault(err: ValidationError, *, skip: int = 0) -> str:
+    """Say the first fault of a validation in one line, without the offending text.
+
+    Args:
+        err: what pydantic raised.
+        skip: leading parts of the place that the sender never wrote, such as a union's tag.
+    """
     fault = err.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in fault["loc"] if part not in set(JobKind)) or "request"
+    place = ".".join(_place_part(part) for part in fault["loc"][skip:]) or "request"
+    if fault["type"] == "union_tag_invalid":
+        # Pydantic's own message repeats the tag that was sent.
+        return f"`kind`: must be one of {', '.join(JobKind)}"
     reason = fault["msg"].removeprefix("Value error, ")
     more = err.error_count() - 1
     return f"`{place}`: {reason[:1].lower()}{reason[1:]}" + (f" (and {more} more)" if more else "")
+
+
+def _place_part(part: int | str) -> str:
+    # A key of a mapping, or an unknown field's name, is the sender's own text.
+    return str(part) if re.fullmatch(r"[A-Za-z0-9_.:/@+\[\]-]{1,64}", str(part)) else "..."

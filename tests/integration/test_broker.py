@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -156,7 +158,8 @@ def test_a_cancel_request_reaches_every_worker_that_listens(
 
         message = worker.get_message(timeout=30)
         assert message is not None
-        assert b"cancel_job" in message["data"] or b"Y2FuY2VsX2pvY" in message["data"]
+        order = json.loads(base64.b64decode(json.loads(message["data"])["body"]))
+        assert (order["method"], order["arguments"]) == ("cancel_job", {"job_id": "job1"})
 
 
 def test_workers_that_are_silent_are_left_out(broker: Broker) -> None:

@@ -13,6 +13,7 @@ from codeherd_producer.client import Client
 from codeherd_producer.dispatcher import Dispatcher, Tick
 from codeherd_schema.broker import Broker, queue_name
 from codeherd_schema.errors import DatabaseUnavailable, SchemaOutdated
+from codeherd_schema.migrations import upgrade
 from codeherd_schema.requests import GenerateRequest
 from codeherd_schema.settings import SharedSettings
 from codeherd_schema.states import JobState
@@ -144,8 +145,7 @@ def test_a_job_for_later_is_published_when_it_is_due(parts: Parts) -> None:
     parts.client.submit(GenerateRequest(prompt="x", run_at=timedelta(milliseconds=300)))
     parts.client.submit(GenerateRequest(prompt="y", run_at=timedelta(hours=1)))
 
-    ticks = []
-    wait_until(lambda: bool(ticks.append(parts.dispatcher.run_once()) or ticks[-1].published), "the job")
+    wait_until(lambda: parts.dispatcher.run_once().published == 1, "the job to be due")
 
     assert parts.store.count_by_state()[JobState.QUEUED] == 2
     assert parts.broker.waiting(QUEUE) == 1
@@ -286,12 +286,14 @@ def test_a_lost_job_is_reaped_and_published_in_one_tick(parts: Parts, redis_serv
     job = parts.client.submit(GenerateRequest(prompt="x"))
     claim(parts.store, job.id, lease_s=0.01)
 
-    def tick() -> Tick:
-        parts.clock.now += 10
-        return parts.dispatcher.run_once()
+    ticks: list[Tick] = []
 
-    ticks = [tick()]
-    wait_until(lambda: ticks[-1].reaped == 1 or bool(ticks.append(tick())), "the job to be taken back")
+    def is_reaped() -> bool:
+        parts.clock.now += 10
+        ticks.append(parts.dispatcher.run_once())
+        return ticks[-1].reaped == 1
+
+    wait_until(is_reaped, "the job to be taken back")
 
     assert ticks[-1] == Tick(published=1, reaped=1)
     assert messages(redis_server) == [f"{job.id}.1"]
@@ -359,12 +361,7 @@ def test_run_publishes_until_it_is_stopped(parts: Parts) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_run_outlives_a_database_that_goes_away(
-    broker_url: str, caplog: pytest.LogCaptureFixture, postgres_server: PostgresServer
-) -> None:
-    del postgres_server  # the wheel's binaries are unpacked by now
-    from codeherd_schema.migrations import upgrade
-
+def test_run_outlives_a_database_that_goes_away(broker_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with PostgresServer() as server:
         upgrade(server.url)
@@ -387,8 +384,6 @@ def test_run_outlives_a_database_that_goes_away(
 def test_run_waits_for_the_schema(
     tmp_path_factory: pytest.TempPathFactory, broker_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from codeherd_schema.migrations import upgrade
-
     url = f"sqlite:///{tmp_path_factory.mktemp('empty') / 'codeherd.db'}"
     parts = Parts(url, broker_url)
     with pytest.raises(SchemaOutdated):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import (
-    HTTPBasicAuthHandler,
-    HTTPPasswordMgrWithDefaultRealm,
     Request,
-    build_opener,
     urlopen,
 )
 
@@ -60,15 +60,17 @@ class Up:
 
     def processes(self) -> dict[int, str]:
         """Every process that was started with this stack's folder, `up` itself left out."""
-        mark = f"CODEHERD_DATA_DIR={self.environment['CODEHERD_DATA_DIR']}".encode()
+        data_dir = self.environment["CODEHERD_DATA_DIR"].encode()
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             pid = int(folder.name)
-            try:
-                if pid != self.process.pid and mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found[pid] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
+            with suppress(OSError):
+                command = (folder / "cmdline").read_bytes()
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                # Redis writes its title, with the socket in it, over its environment.
+                if b"CODEHERD_DATA_DIR=" + data_dir in variables or data_dir in command:
+                    found[pid] = command.replace(b"\0", b" ").decode()
+        found.pop(self.process.pid, None)
         return found
 
     def pid_of(self, words: str) -> int:
@@ -181,7 +183,9 @@ def _flower_asks_for_its_password(up: Up) -> None:
         urlopen(f"{url}/api/workers")
     refused.value.close()
     assert refused.value.code == 401
-    passwords = HTTPPasswordMgrWithDefaultRealm()
-    passwords.add_password(None, url, "codeherd", password)
-    with build_opener(HTTPBasicAuthHandler(passwords)).open(Request(f"{url}/api/task/types")) as reply:
-        assert b"codeherd.infill" in reply.read()
+    credentials = b64encode(f"codeherd:{password}".encode()).decode()
+    request = Request(f"{url}/api/tasks", headers={"Authorization": f"Basic {credentials}"})
+    with urlopen(request) as reply:
+        [task] = json.load(reply).values()
+    assert (task["name"], task["state"]) == ("codeherd.generate", "SUCCESS")
+    assert "'out': 4" in task["result"]

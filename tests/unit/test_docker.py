@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import re
+import runpy
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,46 @@ def test_health_check_knows_the_services(image: str, services: set[str]) -> None
     asked |= set(re.findall(r'"/opt/healthcheck.py", "(\w+)"', (FOLDER / f"{image}.Dockerfile").read_text()))
 
     assert asked <= known
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, sqlite_url: str, broker_url: str) -> Callable[[str], str | None]:
+    """The health check in an environment where SQL and Redis are well."""
+    monkeypatch.setenv("CODEHERD_DATABASE_URL", sqlite_url)
+    monkeypatch.setenv("CODEHERD_BROKER_URL", broker_url)
+    main: Callable[[str], str | None] = runpy.run_path(str(FOLDER / "healthcheck.py"))["main"]
+    return main
+
+
+def test_dispatcher_is_healthy_without_workers(check: Callable[[str], str | None]) -> None:
+    assert check("dispatcher") is None
+
+
+def test_dispatcher_is_unhealthy_without_redis(
+    check: Callable[[str], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODEHERD_BROKER_URL", f"redis://:secret@127.0.0.1:{free_port()}/0")
+
+    fault = check("dispatcher")
+
+    assert fault is not None
+    assert "broker" in fault
+    assert "secret" not in fault
+
+
+def test_worker_is_unhealthy_until_it_answers(check: Callable[[str], str | None]) -> None:
+    fault = check("worker")
+
+    assert fault is not None
+    assert fault.startswith("0 of ")
+
+
+def test_flower_is_unhealthy_until_it_serves(
+    check: Callable[[str], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODEHERD_FLOWER_PORT", str(free_port()))
+
+    assert "refused" in (check("flower") or "")
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ from codeherd_schema.requests import FILL_MARKER, InfillRequest, JobKind, Reques
 
 #: Lines that are checked against the model table at a time.
 _CHUNK = 500
+#: Fields of an infilling whose text is given in two parts.
+_SIDES = ("prefix", "suffix")
 
 
 @dataclass(slots=True)
@@ -69,10 +71,8 @@ class Batch:
         fields = _decoded(line)
         custom_id = fields.pop("custom_id", None)
         if custom_id is not None:
-            if not isinstance(custom_id, str):
-                raise InvalidRequest("`custom_id`: must be a string")
-            fields["labels"] = {**(fields.get("labels") or {}), "custom_id": custom_id}
-        if fields.get("kind") == JobKind.INFILL and "text" in fields:
+            fields["labels"] = _labelled(fields.get("labels", {}), custom_id)
+        if fields.get("kind") == JobKind.INFILL and "text" in fields and fields.keys().isdisjoint(_SIDES):
             marked = InfillRequest.from_text(str(fields.pop("text")), marker=FILL_MARKER)
             fields |= {"prefix": marked.prefix, "suffix": marked.suffix}
         fields.setdefault("model", self.default_model)
@@ -132,14 +132,25 @@ def _numbered(lines: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _decoded(line: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
+        # Decoded here: json would guess UTF-16 from the first bytes.
+        fields = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as err:
         raise InvalidRequest(f"not UTF-8: byte {err.start} is 0x{line[err.start]:02x}") from err
     except json.JSONDecodeError as err:
         raise InvalidRequest(f"not JSON: {err.msg} at column {err.colno}") from err
+    except (ValueError, RecursionError) as err:
+        raise InvalidRequest("not JSON that can be read: a number or the nesting is too large") from err
     if not isinstance(fields, dict):
         raise InvalidRequest("not a JSON object")
     return fields
+
+
+def _labelled(labels: object, custom_id: object) -> dict[str, Any]:
+    if not isinstance(custom_id, str):
+        raise InvalidRequest("`custom_id`: must be a string")
+    if not isinstance(labels, dict):
+        raise InvalidRequest("`labels`: must be an object")
+    return {**labels, "custom_id": custom_id}
 
 
 def _check_unique(custom_id: str | None, number: int, first_lines: dict[str, int]) -> None:

@@ -175,7 +175,7 @@ def _earlier_turns(source: str, stdin: BinaryIO) -> list[Any]:
     text = read_text("-", stdin) if source == "-" else read_file(Path(source))
     try:
         turns = json.loads(text)
-    except json.JSONDecodeError as err:
+    except (ValueError, RecursionError) as err:
         raise InvalidRequest(f"`--messages {source}` is not JSON: {err}") from err
     if not isinstance(turns, list):
         raise InvalidRequest(

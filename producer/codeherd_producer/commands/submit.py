@@ -107,6 +107,7 @@ def jsonl(ctx: click.Context, /, file: str, **values: Any) -> None:
 
     stdout gets one id a line, in the file's order.
     """
+    _check_waiting(ctx, values)
     settings = settings_of(ctx)
     with (
         open_client(settings, publish=values["wait"]) as client,
@@ -118,15 +119,15 @@ def jsonl(ctx: click.Context, /, file: str, **values: Any) -> None:
             skip_invalid=values["skip_invalid"],
         ) as batch,
     ):
-        handles = {job.id: job for job in client.submit_many(batch.requests(), batch_id=batch.name)}
-        note(f"batch {batch.name}: {len(handles)} jobs")
+        jobs = client.submit_many(batch.requests(), batch_id=batch.name)
+        note(f"batch {batch.name}: {len(jobs)} jobs")
         if not values["as_json"]:
-            click.echo("".join(f"{job_id}\n" for job_id in handles), nl=False)
+            click.echo("".join(f"{job.id}\n" for job in jobs), nl=False)
         states = {}
         if values["wait"]:
             wait = ended_jobs(
                 client,
-                handles,
+                {job.id: job for job in jobs},
                 timeout=values["timeout"],
                 cancel_on_interrupt=values["cancel_on_interrupt"],
                 reattach=f"codeherd wait --batch {batch.name}",
@@ -134,12 +135,19 @@ def jsonl(ctx: click.Context, /, file: str, **values: Any) -> None:
             states = {job.id: job.state for job in wait}
             note(tally(states.values()))
         if values["as_json"]:
-            jobs = [{"id": job_id, "state": states.get(job_id)} for job_id in handles]
-            print_json({"batch_id": batch.name, "jobs": jobs})
+            told = [{"id": job.id, "state": states.get(job.id)} for job in jobs]
+            print_json({"batch_id": batch.name, "jobs": told})
         ctx.exit(exit_code_of(list(states.values())))
 
 
+def _check_waiting(ctx: click.Context, values: dict[str, Any]) -> None:
+    for name in ("timeout", "cancel_on_interrupt", "echo"):
+        if values.get(name) and not values["wait"]:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --wait", ctx)
+
+
 def _submit(ctx: click.Context, kind: JobKind, values: dict[str, Any]) -> None:
+    _check_waiting(ctx, values)
     settings = settings_of(ctx)
     request = make_request(kind, values, ctx=ctx, default_model=settings.default_model)
     # Without a wait the dispatcher publishes, within half a second: Celery need not be imported here.

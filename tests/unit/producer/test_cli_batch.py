@@ -66,7 +66,13 @@ WRONG = (
         {"kind": "generate", "prompt": "y", "custom_id": "a"},
         {"kind": "generate", "prompt": "y", "custom_id": 7},
         {"kind": "generate", "prompt": "y", "frobnicate": 1},
+        {"kind": "generate", "prompt": "y", "labels": "x", "custom_id": "b"},
     )
+    + b"[" * 100_000
+    + b"\n"
+    + b'{"kind": "generate", "prompt": "x", "priority": '
+    + b"9" * 5000
+    + b"}\n"
 )
 
 
@@ -75,7 +81,7 @@ def test_every_wrong_line_is_listed_and_nothing_is_queued(command_line: CommandL
 
     said = [line.split(":")[0] for line in done.stderr.splitlines()]
     assert (done.status, done.stdout) == (ExitCode.USAGE, b"")
-    assert sorted(said[:-2]) == sorted(f"line {n}" for n in (2, 3, 4, 6, 7, 8, 9, 10, 11))
+    assert sorted(said[:-2]) == sorted(f"line {n}" for n in (2, 3, 4, *range(6, 15)))
     assert said[-2:] == ["error", "hint"]
     assert store.list() == []
 
@@ -140,3 +146,9 @@ def test_retry_of_a_batch_takes_only_what_ended_without_a_result(
 
 def test_a_file_that_is_not_there_is_wrong_use(command_line: CommandLine) -> None:
     assert command_line("submit", "jsonl", "none.jsonl").status == ExitCode.USAGE
+
+
+def test_options_of_a_wait_need_the_wait(command_line: CommandLine) -> None:
+    for option in (("--timeout", "1"), ("--cancel-on-interrupt",)):
+        assert command_line("submit", "jsonl", "-", *option).status == ExitCode.USAGE
+    assert command_line("submit", "generate", "x", "--echo").status == ExitCode.USAGE

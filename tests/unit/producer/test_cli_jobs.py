@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from codeherd_producer.commands.failures import ExitCode
-from codeherd_schema.requests import GenerateRequest, InfillRequest, Sampling
+from codeherd_schema.requests import GenerateRequest, InfillRequest, Request, Sampling
 from codeherd_schema.results import Candidate, FinishReason
 from codeherd_schema.states import JobState
 from codeherd_schema.store import Store
@@ -163,7 +163,7 @@ def test_a_command_without_ids_is_wrong_use(command_line: CommandLine, command: 
 
 
 def test_jobs_of_a_program_are_found_too(command_line: CommandLine, store: Store) -> None:
-    requests = [
+    requests: list[Request] = [
         GenerateRequest(prompt="a", sampling=Sampling(max_new_tokens=4)),
         InfillRequest(prefix="b", suffix="c"),
     ]

@@ -71,13 +71,8 @@ def test_a_short_command_is_cheap(environment: dict[str, str], arguments: tuple[
 def test_a_short_command_imports_no_more_than_it_needs(environment: dict[str, str], arguments: str) -> None:
     code = f"from codeherd_producer.cli import run; run({arguments}); print(*sys.modules, file=sys.stderr)"
 
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-c", f"import sys; {code}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
     assert set(TOO_MUCH).isdisjoint(done.stderr.split())
 

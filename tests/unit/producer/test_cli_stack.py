@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from codeherd_producer import embedded, local, monitor, processes
-from codeherd_producer.commands import stack
+from codeherd_producer import local, processes
 from codeherd_producer.embedded import MAX_SOCKET_PATH, find_redis_server, server_command, socket_path
 from codeherd_producer.monitor import RUNTIME_BUCKETS, flower_arguments, monitor_app, run_flower
 from codeherd_schema.errors import ConfigurationError, InvalidSetting, ServiceUnavailable
 from codeherd_schema.settings import Secret, SharedSettings
-from tests.services import wait_until
+from tests.services import free_port, wait_until
 from tests.unit.producer.conftest import CommandLine
 
 
@@ -40,7 +40,7 @@ def test_worker_becomes_the_launcher_with_the_same_options(
 def test_without_the_worker_extra_the_hint_names_it(
     command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr(stack.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
 
     done = command_line(command)
 
@@ -68,7 +68,7 @@ def test_the_wheels_redis_is_found_without_a_system_one(tmp_path: Path) -> None:
 
 
 def test_no_redis_at_all_names_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
 
     with pytest.raises(ConfigurationError) as caught:
         find_redis_server(str(tmp_path))
@@ -117,7 +117,7 @@ def test_flower_sees_every_queue_and_kind(tmp_path: Path) -> None:
 
 
 def test_flower_that_is_not_installed_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
 
     with pytest.raises(ConfigurationError, match="Flower is not installed"):
         run_flower(settings(tmp_path), "secret", {})
@@ -133,24 +133,34 @@ def commands_of(stack: local.Stack) -> dict[str, processes.Command]:
 
 def test_a_stack_starts_workers_last_and_shows_no_password(tmp_path: Path) -> None:
     said: list[str] = []
-    whole = local.Stack(settings(tmp_path), plan(workers=2), {"PATH": os.environ["PATH"]}, said.append)
+    own = settings(tmp_path, flower_port=free_port())
+    whole = local.Stack(own, plan(workers=2), {"PATH": os.environ["PATH"]}, said.append)
 
     commands = commands_of(whole)
 
     password = commands["flower"].environment["CODEHERD_FLOWER_PASSWORD"]
     assert list(commands) == ["dispatcher", "flower", "worker 0", "worker 1"]
     assert not any(password in argument for argument in commands["flower"].arguments)
-    assert said == [f"flower: http://127.0.0.1:5555, user `codeherd`, password `{password}`"]
+    assert said == [f"flower: http://127.0.0.1:{own.flower_port}, user `codeherd`, password `{password}`"]
     assert commands["worker 1"].arguments[-4:] == ("--model", "tiny", "--name", "up1")
 
 
 def test_a_password_that_is_set_is_not_shown(tmp_path: Path) -> None:
     said: list[str] = []
-    own = settings(tmp_path, flower_password=Secret("hunter2"))
+    own = settings(tmp_path, flower_password=Secret("hunter2"), flower_port=free_port())
 
     commands_of(local.Stack(own, plan(), {"PATH": os.environ["PATH"]}, said.append))
 
-    assert said == ["flower: http://127.0.0.1:5555, user `codeherd`, password as it is set"]
+    assert said == [f"flower: http://127.0.0.1:{own.flower_port}, user `codeherd`, password as it is set"]
+
+
+def test_a_port_that_is_taken_is_said_so_before_flower_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        own = settings(tmp_path, flower_port=server.getsockname()[1])
+        whole = local.Stack(own, plan(), {"PATH": os.environ["PATH"]}, print)
+
+        with pytest.raises(ConfigurationError, match="Flower cannot listen on"):
+            whole.commands()
 
 
 def test_one_data_folder_has_one_stack(tmp_path: Path) -> None:

@@ -110,20 +110,24 @@ def test_the_embedded_model_is_always_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "reason"),
+    ("command", "timeout_s", "reason"),
     [
-        (BROKEN, "exit status 3"),
-        (("/nonexistent/python",), "FileNotFoundError"),
-        ((sys.executable, "-c", "print('not JSON')"), "JSONDecodeError"),
-        ((sys.executable, "-c", "print('{}')"), "KeyError"),
-        ((sys.executable, "-c", "import threading; threading.Event().wait()"), "no answer within"),
+        (BROKEN, 30, "exit status 3"),
+        (("/nonexistent/python",), 30, "FileNotFoundError"),
+        ((sys.executable, "-c", "print('not JSON')"), 30, "JSONDecodeError"),
+        ((sys.executable, "-c", "print('{}')"), 30, "KeyError"),
+        ((sys.executable, "-c", "import threading; threading.Event().wait()"), 0.1, "no answer within"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_asked_stops_no_submit(
-    command: tuple[str, ...], reason: str, model: ServedModel, caplog: pytest.LogCaptureFixture
+    command: tuple[str, ...],
+    timeout_s: float,
+    reason: str,
+    model: ServedModel,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = HandClock()
-    counter = PromptCounter(command, timeout_s=0.5, clock=clock)
+    counter = PromptCounter(command, timeout_s=timeout_s, clock=clock)
     pairs = [(GenerateRequest(prompt=DOUBTFUL), model)]
 
     assert [counter.faults(pairs) for _ in range(3)] == [{}, {}, {}]

@@ -252,7 +252,7 @@ def test_deadlock_is_tried_again(postgres_url: str) -> None:
     for thread in threads:
         thread.join()
 
-    assert len(tries) == 3
+    assert len(tries) >= 3
     with database.begin() as connection:
         assert connection.execute(text("SELECT n FROM pair")).scalars().all() == [2, 2]
         connection.execute(text("DROP TABLE pair"))
