@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -44,18 +46,24 @@ def a_result(claim: Claim, text: str = "    return 1", **fields: Any) -> Result:
 
 def rewrite(database_url: str, job_id: str, **columns: Any) -> None:
     """Change a job's row behind the store's back, as only time could."""
-    database = Database.open(database_url)
-    with database.begin() as connection:
+    with opened(database_url) as database, database.begin() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job_id).values(**columns))
-    database.close()
 
 
 def delete_all_jobs(database_url: str) -> None:
     """Empty the database."""
-    database = Database.open(database_url)
-    with database.begin() as connection:
+    with opened(database_url) as database, database.begin() as connection:
         connection.execute(delete(jobs))
-    database.close()
+
+
+@contextmanager
+def opened(database_url: str) -> Iterator[Database]:
+    """Open a database and close it whatever happens."""
+    database = Database.open(database_url)
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 #: Any text that UTF-8 can carry: NUL, controls, emoji, every line end.

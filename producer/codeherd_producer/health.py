@@ -61,7 +61,8 @@ def examine(
     try:
         store = Store.open(settings.database)
     except CodeherdError as err:
-        yield broken("database", err)
+        hint = err.hint or "`codeherd up` makes one, or `codeherd db upgrade`"
+        yield Finding("database", Verdict.FAIL, err.message, hint)
     else:
         try:
             before = clock()

@@ -96,7 +96,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def up(folder: Path) -> Iterator[Up]:
-    stack = Up(folder, "--flower-port", "0", "--slots", "2", "--threads", "1")
+    # A hint that dies with Redis is sent again after this time.
+    options = ("--flower-port", "0", "--slots", "2", "--threads", "1")
+    stack = Up(folder, *options, CODEHERD_REPUBLISH_AFTER_S="3")
     yield stack
     if stack.process.poll() is None:
         stack.process.send_signal(signal.SIGTERM)
@@ -186,6 +188,7 @@ def _flower_asks_for_its_password(up: Up) -> None:
     credentials = b64encode(f"codeherd:{password}".encode()).decode()
     request = Request(f"{url}/api/tasks", headers={"Authorization": f"Basic {credentials}"})
     with urlopen(request) as reply:
-        [task] = json.load(reply).values()
-    assert (task["name"], task["state"]) == ("codeherd.generate", "SUCCESS")
-    assert "'out': 4" in task["result"]
+        tasks = json.load(reply).values()
+    # A hint may be sent twice; the second one runs nothing.
+    assert {(task["name"], task["state"]) for task in tasks} == {("codeherd.generate", "SUCCESS")}
+    assert any("'out': 4" in task["result"] for task in tasks)

@@ -105,6 +105,29 @@ def test_a_named_batch_can_be_submitted_again(command_line: CommandLine, store: 
     assert len(store.list()) == 2
 
 
+def test_waiting_for_a_batch_tells_how_it_ended(command_line: CommandLine, store: Store) -> None:
+    lines = lines_of(*[{"kind": "generate", "prompt": f"x = {i}"} for i in range(3)])
+    submit = ("submit", "jsonl", "-", "--batch", "night")
+    ids = command_line(*submit, stdin=lines).text.split()
+    finish(store, ids[0])
+    finish(store, ids[1])
+    store.fail(claim(store, ids[2]), code="engine_failed", message="broke")
+
+    done = command_line(*submit, "--wait", stdin=lines)
+    document = command_line(*submit, "--wait", "--json", stdin=lines).document
+
+    assert (done.status, done.text.split()) == (ExitCode.SOME_FAILED, ids)
+    assert done.stderr.splitlines() == ["batch night: 3 jobs", "2 succeeded, 1 failed"]
+    assert document == {
+        "schema": 1,
+        "batch_id": "night",
+        "jobs": [
+            {"id": job_id, "state": state}
+            for job_id, state in zip(ids, ("succeeded", "succeeded", "failed"), strict=True)
+        ],
+    }
+
+
 def test_results_of_a_batch_have_one_schema_for_success_and_failure(
     command_line: CommandLine, store: Store
 ) -> None:

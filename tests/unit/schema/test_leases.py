@@ -128,9 +128,11 @@ def test_lost_lease_is_missing_from_the_heartbeat(store: Store) -> None:
     store.reap(max_crashes=3)
     owner = claim(store, job_id)
 
-    beats = store.heartbeat([zombie, owner], lease_s=60)
+    before = get(store, job_id)
 
-    assert set(beats) == {owner.lease_id}
+    assert store.heartbeat([zombie], lease_s=6000) == {}
+    assert get(store, job_id) == before
+    assert set(store.heartbeat([zombie, owner], lease_s=60)) == {owner.lease_id}
     assert store.heartbeat([], lease_s=60) == {}
 
 
