@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Data of the demo: kept after it, removed by the next one.
 DATA_DIR = Path(os.environ.get("CODEHERD_DATA_DIR", ROOT / ".codeherd" / "demo"))
 #: A real file with many undocumented functions.
-SOURCE = ROOT / "worker" / "codeherd_worker" / "supervisor.py"
+SOURCE = ROOT / "producer" / "codeherd_producer" / "local.py"
 #: Seconds to wait for the stack, and for all jobs.
 START_TIMEOUT_S, JOBS_TIMEOUT_S = 120.0, 150.0
 PROMPTS = (
@@ -47,7 +47,7 @@ PROMPTS = (
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     shutil.rmtree(DATA_DIR, ignore_errors=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CODEHERD_")}
     environment["CODEHERD_DATA_DIR"] = str(DATA_DIR)

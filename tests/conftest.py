@@ -21,6 +21,9 @@ from codeherd_schema.migrations import upgrade
 from codeherd_schema.store import Store
 from tests.services import PostgresServer, RedisServer
 
+# Before torch is imported: its threads must not spin while others share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Time limits of single examples say more about the machine than about the code.
 settings.register_profile("codeherd", deadline=None, print_blob=True)
 settings.load_profile("codeherd")

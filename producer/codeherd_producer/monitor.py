@@ -54,6 +54,8 @@ def flower_arguments(settings: SharedSettings, password: str) -> list[str]:
         f"--port={settings.flower_port}",
         f"--basic_auth={settings.flower_user}:{password}",
         f"--task_runtime_metric_buckets={RUNTIME_BUCKETS}",
+        # The worker's compact result says more than Flower's own columns; there is no text in it.
+        "--tasks_columns=name,uuid,state,result,received,runtime,worker",
         # A file flowerconfig.py in the current folder would be run as Python.
         "--conf=/dev/null",
         # Workers come and go; their metrics must not stay for ever.

@@ -252,7 +252,7 @@ def _sqlite_engine(url: URL, pool_size: int, timeout_s: float) -> Engine:
         if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
             connection.execute("PRAGMA journal_mode = WAL")
         # With NORMAL a power cut takes back the last commits of a WAL database; a job whose id was
-        # given away must survive. Costs one fsync per commit (docs/decisions).
+        # given away must survive. Costs one fsync per commit (docs/decisions/0005).
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
 

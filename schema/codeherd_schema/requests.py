@@ -64,7 +64,8 @@ class Overflow(StrEnum):
 class Frozen(BaseModel):
     """A value that cannot change and has no unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=False)
+    # Errors leave the input out: it may be a prompt, and a trace may be logged.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class Sampling(Frozen):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from codeherd_schema.errors import InvalidSetting
@@ -28,8 +28,8 @@ S = TypeVar("S", bound="SharedSettings")
 PREFIX = "CODEHERD_"
 #: Settings whose names start with this are the worker's; other processes pass over them.
 WORKER_PREFIX = "worker_"
-#: Variables with the prefix that are not settings: test switches.
-NOT_SETTINGS = frozenset({"CODEHERD_TEST_WHEEL_BINARIES", "CODEHERD_TEST_FAILPOINT"})
+#: Variables that start with this are switches of the tests, not settings.
+TEST_PREFIX = "CODEHERD_TEST_"
 
 
 class Url(str):
@@ -142,6 +142,12 @@ class SharedSettings(Frozen):
         """The broker in force."""
         return self.broker_url or Url(f"redis+socket://{self.data_dir / 'redis.sock'}?virtual_host=0")
 
+    @field_validator("data_dir", "broker_ca_file", "models_file")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        # A socket's or a database's address must not depend on the folder a process starts in.
+        return None if path is None else path.expanduser().absolute()
+
     def model_post_init(self, _: Any) -> None:
         """Refuse values that only make sense together."""
         if self.heartbeat_s * 3 > self.lease_s:
@@ -225,7 +231,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     return {
         name.removeprefix(PREFIX).lower(): value
         for name, value in environment.items()
-        if name.startswith(PREFIX) and name not in NOT_SETTINGS
+        if name.startswith(PREFIX) and not name.startswith(TEST_PREFIX)
     }
 
 

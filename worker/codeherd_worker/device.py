@@ -35,7 +35,12 @@ class DeviceGroup:
 
     def environment(self) -> dict[str, str]:
         """Return the variables that pin a process to this group."""
-        return {"CUDA_VISIBLE_DEVICES": self.visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        pinned = {"CUDA_VISIBLE_DEVICES": self.visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if self.device == "cpu":
+            # OpenMP threads that spin while they wait starve whatever shares the cores: a step took
+            # 40.8 ms instead of 3.6 on a busy machine.
+            pinned["OMP_WAIT_POLICY"] = "PASSIVE"
+        return pinned
 
 
 def parse_gpus(text: str, *, available: int, visible: str | None = None) -> tuple[DeviceGroup, ...]:

@@ -59,6 +59,7 @@ def serve(settings: WorkerSettings, *, name: str, device: Device) -> int:
     # Weights and prompts stay on this machine: nothing may look for files on a hub while it serves.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # After the pinning and the variables above, which torch and transformers read when imported.
     from codeherd_worker.app import run_worker
     from codeherd_worker.process import WorkerProcess
@@ -85,8 +86,10 @@ def configure_logging(level: str) -> None:
     )
     if level != "debug":
         # Celery's own INFO lines repeat ours with arguments and results.
-        for name in ("celery", "kombu", "amqp", "transformers", "alembic"):
+        for name in ("celery", "kombu", "amqp", "transformers"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # It misses an optional package at every start on some CPUs, and does well without it.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def print_error(err: CodeherdError) -> None:

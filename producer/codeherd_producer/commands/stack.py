@@ -23,6 +23,7 @@ from codeherd_producer.commands.request_options import options
 from codeherd_producer.commands.talk import say
 from codeherd_schema.errors import ConfigurationError
 from codeherd_schema.models import ModelTable
+from codeherd_schema.settings import PREFIX
 
 worker_options = options(
     click.option("--model", metavar="NAME", help="A name of `codeherd models` [tiny]."),
@@ -116,7 +117,7 @@ def up(ctx: click.Context, /, workers: int, no_flower: bool, flower_port: int | 
         codeherd up --model codellama-7b --gpus all
 
     Redis (embedded, unless CODEHERD_BROKER_URL names one), the database schema, the dispatcher,
-    Flower and the workers (the embedded model `tiny` on the CPU). A part that dies is started again.
+    Flower and the workers (the embedded model `tiny`, in nf4 on the CPU). A part that dies is started again.
     Ctrl-C lets running jobs finish; a second one does not wait. The data stays in the data folder.
     """
     from codeherd_producer.local import Plan, Stack, only_stack
@@ -127,9 +128,14 @@ def up(ctx: click.Context, /, workers: int, no_flower: bool, flower_port: int | 
     if flower_port is not None:
         settings = settings.model_copy(update={"flower_port": flower_port})
     _need_worker_package()
-    given = {**given, "model": given["model"] or "tiny"}
-    model = ModelTable.from_file(settings.models_file).find(given["model"])
-    given["gpus"] = given["gpus"] or ("cpu" if model.source == "embedded" else "all")
+    name = given["model"] or os.environ.get(f"{PREFIX}WORKER_MODEL") or "tiny"
+    model = ModelTable.from_file(settings.models_file).find(name)
+    given["model"] = name
+    if model.source == "embedded":
+        # On the CPU `auto` would leave so small a model unquantized; here it shows how the big ones run.
+        for option, value in (("gpus", "cpu"), ("quantization", "nf4")):
+            if f"{PREFIX}WORKER_{option.upper()}" not in os.environ:
+                given[option] = given[option] or value
     if not no_flower and not is_installed():
         say("flower: not installed, `pip install 'codeherd[monitor]'` brings it")
     plan = Plan(

@@ -4,10 +4,10 @@ Owns: how one query token per row meets the cache, plugged into an unmodified Ll
 `AttentionInterface`. Longer queries (prefill) and masks are transformers' own SDPA path. Does not know
 slots or positions: the mask says everything.
 
-torch 2.13's CPU attention gives each thread a stretch of one scratch buffer, `n * (514 + D)` floats for
-`n` query rows per key head. With an odd `n` the second thread's stretch is not aligned to 16 bytes, and
-its rows round differently from the first thread's: measured for n = 1 and 3 in float32 and float16 with
-2, 3 and 8 threads, never for an even n. A repeated query row makes every `n` even; it reads no key twice.
+Measured with torch 2.13: its CPU attention rounds the rows of a batch differently when the number `n` of
+query rows per key head is odd (n = 1 and 3, float32 and float16, 2, 3 and 8 threads), never when it is
+even. The likely cause is the alignment of each thread's stretch of one scratch buffer. A repeated query
+row makes every `n` even; it reads no key twice. `SlotDecoder.warm_up` measures whether it holds here.
 """
 
 from __future__ import annotations

@@ -123,8 +123,9 @@ def choose_quantization(
 
     On a GPU: NF4 while bitsandbytes' fused kernels carry it, which is up to 7 slots, or 16 for 34B and
     70B; with more slots int8 if it leaves half of the memory to the cache, else NF4. On a CPU: NF4 for
-    models of 0.5B parameters and more, where it saves most of the memory and is no slower with
-    AVX512-BF16; "none" for small ones, which NF4 makes slower.
+    models of 0.5B parameters and more, where it saves most of the memory and, with AVX512-BF16, is no
+    slower at eight rows (2 to 3 times slower at one); "none" for small ones, which NF4 makes slower. The
+    border is a judgement between two measured layer sizes.
 
     Args:
         parameters: of the whole model.
