@@ -111,9 +111,12 @@ def submit_all(client: Client, console: Console) -> list[Job]:
         )
         for prompt in PROMPTS
     ]
-    # Urgent, so that it surely runs when it is cancelled; long, so that it has not ended by then.
+    # Urgent, so that it runs at once; many long candidates, so that it has not ended when it is cancelled.
     long = GenerateRequest(
-        prompt="import ", priority=0, labels={"what": "cancelled"}, sampling=Sampling(max_new_tokens=1900)
+        prompt="import ",
+        priority=0,
+        labels={"what": "cancelled", "name": "(cancelled)"},
+        sampling=Sampling(max_new_tokens=1900, temperature=1.5, n=16, seed=1),
     )
     jobs = [client.submit(long), *client.submit_many([*docstrings, *completions])]
     try:

@@ -8,6 +8,7 @@ from codeherd_producer.client import Client
 from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import JobState
 from codeherd_schema.store import Store
+from tests.acceptance.endless import NAME, endless_model
 from tests.acceptance.herd import JOBS_TIMEOUT_S, QUICK, Herd
 from tests.services import wait_until
 
@@ -16,14 +17,20 @@ def test_the_jobs_of_a_killed_worker_finish_on_the_other(
     tmp_path: Path, database_url: str, broker_url: str
 ) -> None:
     requests = [
-        GenerateRequest(prompt=f"# {n}\ndef f{n}(", sampling=Sampling(max_new_tokens=400, seed=n))
+        GenerateRequest(model=NAME, prompt=f"# {n}\ndef f{n}(", sampling=Sampling(max_new_tokens=400, seed=n))
         for n in range(12)
     ]
     launchers = {"alpha": "cpu", "beta": "cpu"}
     store = Store.open(database_url)
 
     with (
-        Herd(database_url=database_url, broker_url=broker_url, folder=tmp_path, launchers=launchers) as herd,
+        Herd(
+            database_url=database_url,
+            broker_url=broker_url,
+            folder=tmp_path,
+            launchers=launchers,
+            variables=QUICK | endless_model(tmp_path),
+        ) as herd,
         Client(herd.settings) as client,
     ):
         jobs = client.submit_many(requests)
@@ -50,9 +57,9 @@ def test_the_jobs_of_a_killed_worker_finish_on_the_other(
 def test_a_running_job_stops_soon_after_its_cancel_and_frees_its_slot(
     tmp_path: Path, sqlite_url: str, broker_url: str
 ) -> None:
-    request = GenerateRequest(prompt="def f(", sampling=Sampling(max_new_tokens=2000, stop=("\0never",)))
+    request = GenerateRequest(model=NAME, prompt="def f(", sampling=Sampling(max_new_tokens=2000))
     # A heartbeat this slow cannot be what stops the job: the control message does.
-    slow = QUICK | {"CODEHERD_LEASE_S": "3600", "CODEHERD_HEARTBEAT_S": "1000"}
+    slow = QUICK | endless_model(tmp_path) | {"CODEHERD_LEASE_S": "3600", "CODEHERD_HEARTBEAT_S": "1000"}
 
     with (
         Herd(
@@ -83,8 +90,8 @@ def test_a_running_job_stops_soon_after_its_cancel_and_frees_its_slot(
 def test_a_stopped_worker_gives_its_jobs_back_and_burns_no_attempt(
     tmp_path: Path, sqlite_url: str, broker_url: str
 ) -> None:
-    request = GenerateRequest(prompt="def f(", sampling=Sampling(max_new_tokens=2000, stop=("\0never",)))
-    hasty = QUICK | {"CODEHERD_WORKER_DRAIN_TIMEOUT_S": "0"}
+    request = GenerateRequest(model=NAME, prompt="def f(", sampling=Sampling(max_new_tokens=2000))
+    hasty = QUICK | endless_model(tmp_path) | {"CODEHERD_WORKER_DRAIN_TIMEOUT_S": "0"}
     store = Store.open(sqlite_url)
 
     herd = Herd(

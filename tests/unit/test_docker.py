@@ -8,15 +8,19 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import yaml  # type: ignore[import-untyped]
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from codeherd_producer.cli import codeherd
 from codeherd_producer.health import Verdict, judge_redis
@@ -41,6 +45,23 @@ ENVIRONMENT = {
 VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)(?::([-?])([^}]*))?\})")
 #: Services that end by themselves.
 ONE_SHOTS = {"migrate", "cli", "download"}
+
+
+#: Imports modules where some packages are as good as not installed, and says which were missed.
+IMPORT_WITHOUT = """
+import importlib, sys
+refused = set(sys.argv[1].split(","))
+class Refusal:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in refused:
+            raise ModuleNotFoundError(f"{name} is not declared", name=name)
+sys.meta_path.insert(0, Refusal())
+for module in sys.argv[2:]:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as err:
+        print(module, err, file=sys.stderr)
+"""
 
 
 class MissingVariable(Exception):
@@ -372,6 +393,52 @@ def test_flower_is_unhealthy_until_it_serves(
     monkeypatch.setenv("CODEHERD_FLOWER_PORT", str(free_port()))
 
     assert "refused" in (check("flower") or "")
+
+
+def declared(*extras: str) -> set[str]:
+    """Return every distribution that `pip install codeherd[extras]` brings."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
+    found: set[tuple[str, frozenset[str]]] = set()
+    todo = [Requirement(line) for line in lines]
+    while todo:
+        wanted = todo.pop()
+        key = canonicalize_name(wanted.name), frozenset(wanted.extras)
+        if key in found:
+            continue
+        found.add(key)
+        for line in metadata.requires(wanted.name) or ():
+            further = Requirement(line)
+            if further.marker is None or any(
+                further.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras)
+            ):
+                todo.append(further)
+    return {name for name, _ in found}
+
+
+def test_producer_image_has_every_package_that_it_imports() -> None:
+    brought = declared("monitor")
+    refused = {
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if not {canonicalize_name(owner) for owner in owners} & {*brought, "codeherd"}
+    }
+    assert {"torch", "transformers", "pytest"} <= refused
+    modules = ["kombu.transport.redis", "flower.command", "psycopg", "codeherd_schema.migrations"]
+    modules += [
+        ".".join(path.relative_to(ROOT / "producer").with_suffix("").parts)
+        for path in sorted((ROOT / "producer").rglob("*.py"))
+        if path.stem != "__init__"
+    ]
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORT_WITHOUT, ",".join(sorted(refused)), *modules],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.stderr == ""
 
 
 @contextlib.contextmanager
