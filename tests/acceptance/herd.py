@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from codeherd_schema.broker import Broker
@@ -46,6 +47,7 @@ class Herd:
         launchers: Mapping[str, str],
         slots: int = 4,
         variables: Mapping[str, str] = QUICK,
+        beside: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
         """Describe a herd.
 
@@ -56,6 +58,7 @@ class Herd:
             launchers: `--gpus` of each launcher, by name.
             slots: per worker process.
             variables: further settings, `CODEHERD_*`.
+            beside: arguments of further `codeherd` processes, by name.
         """
         clean = {k: v for k, v in os.environ.items() if not k.startswith("CODEHERD_")}
         mine = {"CODEHERD_DATABASE_URL": database_url, "CODEHERD_BROKER_URL": broker_url, **variables}
@@ -64,6 +67,7 @@ class Herd:
         self._folder = folder
         self._launchers = dict(launchers)
         self._slots = slots
+        self._beside = {"dispatcher": ("dispatcher",), **beside}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = ExitStack()
 
@@ -71,7 +75,8 @@ class Herd:
         for name, gpus in self._launchers.items():
             options = ["--gpus", gpus, "--slots", str(self._slots), "--threads", "1", "--name", name]
             self._start(name, [sys.executable, "-m", "codeherd_worker", *options])
-        self._start("dispatcher", [sys.executable, "-m", "codeherd_producer.cli", "dispatcher"])
+        for name, arguments in self._beside.items():
+            self._start(name, [sys.executable, "-m", "codeherd_producer.cli", *arguments])
         self.broker = Broker(self.settings)
         self._stack.callback(self.broker.close)
         expected = sum(gpus.count(",") + 1 for gpus in self._launchers.values())
