@@ -50,7 +50,7 @@ def main() -> int:
     console = Console(highlight=False, markup=False)
     shutil.rmtree(DATA_DIR, ignore_errors=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CODEHERD_")}
-    environment["CODEHERD_DATA_DIR"] = str(DATA_DIR)
+    environment |= {"CODEHERD_DATA_DIR": str(DATA_DIR), "CODEHERD_LOG_LEVEL": "warning"}
     settings = load(SharedSettings, environment={"CODEHERD_DATA_DIR": str(DATA_DIR)}).settings
     console.rule("starting: Redis, SQLite, dispatcher, one worker with the embedded model, Flower")
     with stack(environment), Client(settings) as client:

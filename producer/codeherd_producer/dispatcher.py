@@ -133,7 +133,9 @@ class Dispatcher:
         queues = self._store.queues_with_work()
         sent: list[_Sent] = []
         try:
-            if queues and self._broker.has_forgotten():
+            # Also while nothing waits: a new Redis gets its mark before the first job, which would
+            # otherwise be published twice.
+            if self._broker.has_forgotten():
                 self._is_forgotten = True
                 logger.info("broker_memory_blank")
             for queue in queues:
