@@ -1,13 +1,13 @@
 """Keep the leases of running jobs alive, and stop a job whose lease is gone.
 
-Owns: the heartbeat thread and what its answers mean. Does not know how text is made or stored; it
-only cancels tokens. Times are this process's monotonic clock and the database's own: never both.
+Owns: what a heartbeat asks and what its answers mean. Does not know when it is called, or how text is
+made or stored; it only cancels tokens. Times are this process's monotonic clock and the database's own:
+never both.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ SAFE_SHARE = 0.8
 
 
 class Heartbeat:
-    """One statement per beat for all claims of the process, from a thread of its own."""
+    """One statement per beat for all claims of the process."""
 
     def __init__(
         self,
@@ -31,27 +31,13 @@ class Heartbeat:
         running: Running,
         *,
         lease_s: float,
-        heartbeat_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; `start` begins to beat."""
+        """Keep the leases of what is `running` for another `lease_s` seconds with each beat."""
         self._store = store
         self._running = running
         self._lease_s = lease_s
-        self._heartbeat_s = heartbeat_s
         self._clock = clock
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="heartbeat", daemon=True)
-
-    def start(self) -> None:
-        """Begin to beat."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop beating; what still runs loses its lease in time."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
 
     def safe_until(self, asked_at: float) -> float:
         """Return until when a lease holds for sure that was asked for at `asked_at`."""
@@ -89,11 +75,3 @@ class Heartbeat:
             if run.claim is not None and now >= run.safe_until:
                 logger.error("lease_given_up job_id=%s", run.claim.job.id)
                 run.token.cancel(CancelReason.LEASE_LOST)
-
-    def _loop(self) -> None:
-        while not self._stop.wait(self._heartbeat_s):
-            try:
-                self.beat()
-            except Exception:
-                # A beat that fails for a new reason must not end all later beats.
-                logger.exception("heartbeat_broken")

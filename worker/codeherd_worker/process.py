@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from random import uniform
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from codeherd_worker.engine.stopping import CancelReason
 from codeherd_worker.engine.vocabulary import Vocabulary, verify
 from codeherd_worker.lease import Heartbeat
 from codeherd_worker.memory import slot_length
+from codeherd_worker.periodic import Periodic
 from codeherd_worker.rescuer import Rescuer
 from codeherd_worker.runner import Generator, Runner
 from codeherd_worker.running import Running
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny"
 #: Seconds between two looks at whether the drain is over.
 DRAIN_CHECK_S = 0.1
+#: Seconds between two looks of the watchdog.
+WATCH_INTERVAL_S = 1.0
 #: Exit status after the engine broke: the launcher starts the process anew.
 ENGINE_BROKEN_STATUS = 70
 
@@ -104,12 +108,16 @@ class WorkerProcess:
             worker_id=self.worker_id,
             lease_s=settings.lease_s,
         )
-        heartbeat = Heartbeat(store, self.running, lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s)
-        rescuer = Rescuer(store, interval_s=settings.reap_interval_s, max_crashes=settings.max_crashes)
+        heartbeat = Heartbeat(store, self.running, lease_s=settings.lease_s)
+        rescuer = Rescuer(store, max_crashes=settings.max_crashes)
         watchdog = Watchdog(
             generator.engine, step_timeout_s=settings.worker_step_timeout_s, on_broken=self._engine_broke
         )
-        for part in (heartbeat, rescuer, watchdog):
+        for part in (
+            Periodic("heartbeat", heartbeat.beat, pause_s=lambda: settings.heartbeat_s),
+            Periodic("rescuer", rescuer.look, pause_s=lambda: _spread(settings.reap_interval_s)),
+            Periodic("watchdog", watchdog.look, pause_s=lambda: WATCH_INTERVAL_S),
+        ):
             part.start()
             stack.callback(part.close)
 
@@ -184,6 +192,11 @@ class WorkerProcess:
         self.exit_status = ENGINE_BROKEN_STATUS
         self._runner.draining = True
         os.kill(os.getpid(), 15)
+
+
+def _spread(interval_s: float) -> float:
+    # A herd must not look all at once.
+    return interval_s * uniform(0.5, 1.5)  # noqa: S311 -- no secret
 
 
 def _check_broker(broker: Broker) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 
@@ -15,14 +14,12 @@ from codeherd_worker.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks.
-LOOK_INTERVAL_S = 1.0
 #: Exit status of a process whose engine hung (EX_SOFTWARE).
 HUNG_STATUS = 70
 
 
 class Watchdog:
-    """A thread that looks at the engine's last step."""
+    """Looks at the engine's last step."""
 
     def __init__(
         self,
@@ -33,7 +30,7 @@ class Watchdog:
         on_hung: Callable[[int], None] = os._exit,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; `start` begins to look.
+        """Say what to look at, and whom to tell.
 
         Args:
             engine: what to look at.
@@ -48,18 +45,6 @@ class Watchdog:
         self._on_hung = on_hung
         self._clock = clock
         self._told = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="watchdog", daemon=True)
-
-    def start(self) -> None:
-        """Begin to look."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop looking."""
-        self._stop.set()
-        if self._thread.ident not in (None, threading.get_ident()):
-            self._thread.join()
 
     def look(self) -> None:
         """Look once."""
@@ -71,7 +56,3 @@ class Watchdog:
         elif (stats.active or stats.waiting) and self._clock() - stats.last_step_at > self._step_timeout_s:
             logger.critical("engine_hung seconds=%.0f", self._clock() - stats.last_step_at)
             self._on_hung(HUNG_STATUS)
-
-    def _loop(self) -> None:
-        while not self._stop.wait(LOOK_INTERVAL_S):
-            self.look()

@@ -8,7 +8,6 @@ from codeherd_schema.store import Claim, Store
 from codeherd_worker.engine.stopping import CancelReason
 from codeherd_worker.lease import SAFE_SHARE, Heartbeat
 from codeherd_worker.running import Run, Running
-from tests.services import wait_until
 
 LEASE_S = 30.0
 
@@ -39,7 +38,7 @@ def claimed(store: Store, running: Running, *, lease_s: float = LEASE_S) -> tupl
 
 
 def heartbeat(store: Store, running: Running, clock: Clock) -> Heartbeat:
-    return Heartbeat(store, running, lease_s=LEASE_S, heartbeat_s=10.0, clock=clock)
+    return Heartbeat(store, running, lease_s=LEASE_S, clock=clock)
 
 
 def test_a_beat_renews_the_lease_and_moves_the_safe_time(store: Store, running: Running) -> None:
@@ -95,15 +94,3 @@ def test_without_the_database_a_job_is_given_up_before_its_lease_ends(
     beats.beat()
 
     assert run.token.reason is CancelReason.LEASE_LOST
-
-
-def test_the_thread_beats_until_it_is_closed(store: Store, running: Running) -> None:
-    run, claim = claimed(store, running)
-    store.request_cancel(claim.job.id)
-    beats = Heartbeat(store, running, lease_s=LEASE_S, heartbeat_s=0.01)
-
-    beats.start()
-    wait_until(lambda: run.token.reason is not None, "a beat")
-    beats.close()
-
-    assert run.token.reason is CancelReason.USER
