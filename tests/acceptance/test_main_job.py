@@ -17,9 +17,11 @@ from codeherd_schema.requests import (
 from codeherd_schema.results import Result
 from codeherd_schema.states import JobState
 from codeherd_schema.store import Store
-from tests.acceptance.herd import JOBS_TIMEOUT_S, Herd
+from tests.acceptance.herd import JOBS_TIMEOUT_S, QUICK, Herd
 from tests.services import RedisServer
 
+#: The main job runs on quantized weights, as it would on a GPU.
+QUANTIZED = QUICK | {"CODEHERD_WORKER_QUANTIZATION": "nf4"}
 SOURCE = Path(__file__).read_text()
 LINES = SOURCE.splitlines(keepends=True)
 
@@ -74,7 +76,11 @@ def test_200_jobs_on_two_workers_are_answered_once_and_as_one_worker_answers(
     by_cli = "".join(json.dumps(dump_request(r)) + "\n" for r in requests[:100])
 
     with Herd(
-        database_url=database_url, broker_url=broker_url, folder=tmp_path, launchers={"two": "cpu,cpu"}
+        database_url=database_url,
+        broker_url=broker_url,
+        folder=tmp_path,
+        launchers={"two": "cpu,cpu"},
+        variables=QUANTIZED,
     ) as herd:
         done = herd.cli("submit", "jsonl", "-", stdin=by_cli)
         assert done.returncode == 0, done.stderr
@@ -86,7 +92,9 @@ def test_200_jobs_on_two_workers_are_answered_once_and_as_one_worker_answers(
     store = Store.open(database_url)
     assert len(set(ids)) == 200
     assert store.count_by_state()[JobState.SUCCEEDED] == 200
-    assert set(store.results(ids)) == set(ids)
+    results = store.results(ids)
+    assert set(results) == set(ids)
+    assert {result.quantization for result in results.values()} == {"nf4"}
     histories = [store.attempts(job_id) for job_id in ids]
     assert [[a.outcome for a in history] for history in histories] == [["succeed"]] * 200
     assert len(Counter(history[0].worker_id for history in histories)) == 2, "one worker did everything"
@@ -97,7 +105,11 @@ def test_200_jobs_on_two_workers_are_answered_once_and_as_one_worker_answers(
     (tmp_path / "alone.db").write_bytes(migrated_sqlite.read_bytes())
     with (
         Herd(
-            database_url=alone_url, broker_url=broker_url, folder=tmp_path, launchers={"one": "cpu"}
+            database_url=alone_url,
+            broker_url=broker_url,
+            folder=tmp_path,
+            launchers={"one": "cpu"},
+            variables=QUANTIZED,
         ) as herd,
         Client(herd.settings) as client,
     ):
