@@ -100,13 +100,13 @@ class Runner:
             DatabaseUnavailable: the claim could not be made; the job stays queued.
         """
         if self.draining:
-            return no_result(job_id, "draining")
+            return no_result("draining")
         run = self._running.current()
         asked_at = self._clock()
         claim = self._store.claim(job_id, worker_id=self._worker_id, lease_s=self._lease_s)
         if claim is None:
             logger.debug("hint_dropped job_id=%s", job_id)
-            return no_result(job_id, "not claimable")
+            return no_result("not claimable")
         run.safe_until = asked_at + self._lease_s * SAFE_SHARE
         run.claim = claim
         logger.info(
@@ -208,14 +208,14 @@ class Runner:
 
     def _succeeded(self, run: Run, claim: Claim, result: Result) -> dict[str, Any]:
         commit = self._commit(run, claim, lambda: self._store.succeed(claim, result), "succeeded")
-        return job_summary(result) if commit is not Commit.LOST else no_result(claim.job.id, "lease lost")
+        return job_summary(result) if commit is not Commit.LOST else no_result("lease lost")
 
     def _stopped(self, run: Run, claim: Claim, reason: CancelReason) -> dict[str, Any]:
         job_id = claim.job.id
         match reason:
             case CancelReason.USER:
                 self._commit(run, claim, lambda: self._store.cancel_running(claim), "cancelled")
-                return no_result(job_id, "cancelled")
+                return no_result("cancelled")
             case CancelReason.OPERATOR:
                 self._commit(run, claim, lambda: self._store.cancel_running(claim), "cancelled")
                 raise OperatorStopped
@@ -224,10 +224,10 @@ class Runner:
                 raise JobEnded(f"job {job_id} passed its deadline")
             case CancelReason.DRAIN:
                 self._commit(run, claim, lambda: self._store.release(claim), "released")
-                return no_result(job_id, "released")
+                return no_result("released")
             case _:
                 logger.warning("attempt_dropped job_id=%s reason=%s", job_id, reason)
-                return no_result(job_id, str(reason))
+                return no_result(str(reason))
 
     def _failed(self, run: Run, claim: Claim, err: CodeherdError) -> dict[str, Any]:
         # A token that was cancelled meanwhile says more than the error that followed from it.

@@ -13,22 +13,22 @@ from codeherd_worker.engine.engine import Engine
 
 
 def job_summary(result: Result) -> dict[str, Any]:
-    """Return a finished job in the shape of Flower's result column."""
+    """Return a finished job in the shape of Flower's result column; the task's id names the job."""
     decode_s = result.timings.decode_s
+    # Flower cuts long columns: what operators look for comes first.
     return {
-        "job": result.job_id,
-        "model": result.model,
         "in": result.prompt_tokens,
         "out": result.completion_tokens,
         "tps": round(result.completion_tokens / decode_s, 1) if decode_s > 0 else None,
         "finish": ",".join(sorted({str(c.finish_reason) for c in result.candidates})),
         "s": round(result.timings.total_s, 3),
+        "model": result.model,
     }
 
 
-def no_result(job_id: str, outcome: str) -> dict[str, Any]:
+def no_result(outcome: str) -> dict[str, Any]:
     """Return a task that stored no result: a repeated hint, a cancelled or released job."""
-    return {"job": job_id, "outcome": outcome}
+    return {"outcome": outcome}
 
 
 def engine_figures(engine: Engine, *, worker_id: str, model: str, queue: str) -> dict[str, Any]:
