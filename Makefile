@@ -39,8 +39,13 @@ unit: $(INSTALLED) ## all tests with coverage
 docs: $(INSTALLED) ## write the generated parts of docs/ anew
 	$(BIN)/python docs/generate.py
 
-bench: $(INSTALLED) ## measure against peers; writes benchmarks/results/
-	$(BIN)/python benchmarks/engine.py --write
+bench: $(VENV)/.installed-bench ## measure against peers; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.run --write
+
+# llama.cpp is compiled for this very processor: 10 to 20 minutes, once.
+$(VENV)/.installed-bench: $(INSTALLED)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@touch $@
 
 up: $(INSTALLED) ## start the embedded stack in this terminal
 	$(BIN)/codeherd up

@@ -13,7 +13,15 @@ from sqlalchemy import delete, update
 from codeherd_schema.database import Database
 from codeherd_schema.models import ModelTable
 from codeherd_schema.requests import ChatRequest, GenerateRequest, InfillRequest, Request
-from codeherd_schema.results import Candidate, Cut, FinishReason, Result, Timings
+from codeherd_schema.results import (
+    Candidate,
+    Cut,
+    FinishReason,
+    LikelyToken,
+    Result,
+    Timings,
+    TokenLogprob,
+)
 from codeherd_schema.store import Claim
 from codeherd_schema.tables import jobs
 
@@ -82,10 +90,12 @@ samplings = st.fixed_dictionaries(
         "temperature": st.floats(0, 2),
         "top_p": st.floats(0, 1, exclude_min=True),
         "top_k": st.integers(0, 32_016),
+        "min_p": st.floats(0, 1),
         "repetition_penalty": st.floats(1, 2),
         "stop": st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), max_size=16),
         "seed": st.none() | st.integers(0, 2**63 - 1),
         "n": st.integers(1, 16),
+        "logprobs": st.integers(0, 5),
     },
 )
 _options: dict[str, st.SearchStrategy[Any]] = {
@@ -132,6 +142,17 @@ chat_requests = st.builds(
 #: Any valid request.
 requests: st.SearchStrategy[Request] = st.one_of(generate_requests, infill_requests, chat_requests)
 
+_a_likely_token: dict[str, st.SearchStrategy[Any]] = {
+    "token_id": st.integers(0, 32_015),
+    "piece": short_texts,
+    "text_hex": st.binary(max_size=8).map(bytes.hex),
+    "logprob": st.floats(-9999, 0),
+}
+_token_logprobs = st.builds(
+    TokenLogprob,
+    **_a_likely_token,
+    top=st.lists(st.builds(LikelyToken, **_a_likely_token), max_size=2).map(tuple),
+)
 candidates = st.builds(
     Candidate,
     index=st.integers(0, 15),
@@ -140,6 +161,7 @@ candidates = st.builds(
     completion_tokens=st.integers(0, 100_000),
     stop_string=st.none() | short_texts,
     seed=st.integers(0, 2**63 - 1),
+    logprobs=st.none() | st.lists(_token_logprobs, max_size=2).map(tuple),
 )
 cuts = st.builds(
     Cut,

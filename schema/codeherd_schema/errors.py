@@ -16,7 +16,8 @@ Owns: the classes, their codes, whether trying again can help. Does not know: ex
     │   ├── SchemaOutdated
     │   ├── ModelFilesInvalid
     │   ├── TokenizerMismatch
-    │   └── DeviceUnavailable
+    │   ├── DeviceUnavailable
+    │   └── PackageMissing
     ├── ServiceUnavailable        something outside did not answer; retryable
     │   ├── DatabaseUnavailable
     │   └── BrokerUnavailable
@@ -135,6 +136,12 @@ class DeviceUnavailable(ConfigurationError):
     """The device that was asked for is not there."""
 
     code = "device_unavailable"
+
+
+class PackageMissing(ConfigurationError):
+    """A package that the setting or the model needs is not installed."""
+
+    code = "package_missing"
 
 
 class ServiceUnavailable(CodeherdError):

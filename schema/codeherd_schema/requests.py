@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
@@ -43,6 +44,15 @@ Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 #: Kept as it is in a text column, where PostgreSQL has no room for NUL.
 Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]+$")]
 ShortText = Annotated[str, StringConstraints(max_length=512)]
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise ValueError("is empty, and every text begins with nothing: leave it out")
+    return text
+
+
+StopString = Annotated[str, StringConstraints(max_length=256), AfterValidator(_not_empty)]
 
 
 class JobKind(StrEnum):
@@ -79,16 +89,20 @@ class Sampling(Frozen):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     #: Keep this many of the likeliest tokens; 0 keeps all.
     top_k: int = Field(default=0, ge=0, le=32_016)
+    #: Keep tokens at least this fraction as likely as the likeliest, [0, 1]; 0 keeps all.
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     #: Divides the logits of tokens already seen, [1, 2]; 1 is off.
     repetition_penalty: float = Field(default=1.0, ge=1.0, le=2.0)
     #: Generation ends before the first of these strings.
-    stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...] = Field(
-        default=(), max_length=16
-    )
+    stop: tuple[StopString, ...] = Field(default=(), max_length=16)
     #: Same request and seed, same text. Left out: derived from the job id, and told in the result.
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     #: Candidates, each with its own seed derived from `seed`.
     n: int = Field(default=1, ge=1, le=16)
+    #: Report the log-probability of each token and of this many of the likeliest in its place, [0, 5];
+    #: 0 reports nothing. They are the model's own, before the repetition penalty, the temperature and the
+    #: filters. A result grows by about 600 bytes a token with 5.
+    logprobs: int = Field(default=0, ge=0, le=5)
 
 
 class JobOptions(Frozen):

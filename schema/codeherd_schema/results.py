@@ -24,6 +24,31 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+class LikelyToken(Frozen):
+    """A token and how likely the model found it."""
+
+    token_id: int
+    #: As the vocabulary writes it: `▁` for a space, `<0x0A>` for a byte; empty for an id without a piece.
+    piece: str
+    #: The bytes that it adds to a text, in hexadecimal: a character may be spread over several tokens.
+    text_hex: str
+    #: Natural logarithm of the model's own probability, before penalty, temperature and filters;
+    #: -9999 stands for anything below.
+    logprob: float
+
+    @property
+    def text_bytes(self) -> bytes:
+        """The bytes that it adds to a text; none for a control token."""
+        return bytes.fromhex(self.text_hex)
+
+
+class TokenLogprob(LikelyToken):
+    """One token of a candidate, and the likeliest ones in its place."""
+
+    #: As many as were asked for, likeliest first; the token itself may be among them.
+    top: tuple[LikelyToken, ...]
+
+
 class Candidate(Frozen):
     """One generated text."""
 
@@ -35,6 +60,10 @@ class Candidate(Frozen):
     stop_string: str | None = None
     #: The seed that gives this text again.
     seed: int
+    #: One for each of the `completion_tokens`, those of a stop string included; None if not asked for.
+    #: Their joined bytes are the text but for a first space that belongs to the encoding, line ends that
+    #: follow the prompt's, and what stood from the stop string on.
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class Cut(Frozen):

@@ -13,7 +13,7 @@ import random  # jitter only: never for tokens
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,13 +23,15 @@ from codeherd_schema.broker import Broker
 from codeherd_schema.errors import BrokerUnavailable, CodeherdError, DatabaseUnavailable, EngineFailed
 from codeherd_schema.models import ServedModel
 from codeherd_schema.requests import Request, Sampling
-from codeherd_schema.results import Candidate, FinishReason, Result, Timings
+from codeherd_schema.results import Candidate, FinishReason, LikelyToken, Result, Timings, TokenLogprob
 from codeherd_schema.store import Claim, Commit, Store
 from codeherd_worker.engine.detokenize import Detokenizer
-from codeherd_worker.engine.engine import Engine, SequenceOutcome, SequenceRequest
+from codeherd_worker.engine.engine import Engine
 from codeherd_worker.engine.loading import LoadedModel
+from codeherd_worker.engine.logprobs import TokenLogprobs
 from codeherd_worker.engine.prompts import Prompt, build_prompt
 from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelReason, Stopper
 from codeherd_worker.engine.vocabulary import Vocabulary
 from codeherd_worker.lease import SAFE_SHARE
@@ -145,8 +147,10 @@ class Runner:
                         temperature=sampling.temperature,
                         top_p=sampling.top_p,
                         top_k=sampling.top_k,
+                        min_p=sampling.min_p,
                         repetition_penalty=sampling.repetition_penalty,
                         seed=seed,
+                        logprobs=sampling.logprobs,
                     ),
                     stopper=Stopper(
                         stop_ids=prompt.stop_ids,
@@ -161,6 +165,7 @@ class Runner:
                     cancel=run.token,
                     deadline=deadline,
                     priority=priority,
+                    name=claim.job.id,
                 )
                 futures.append(self._generator.engine.submit(sequence))
             return [future.result() for future in futures]
@@ -185,6 +190,11 @@ class Runner:
                     completion_tokens=outcome.completion_tokens,
                     stop_string=outcome.stop_string,
                     seed=seeds[index],
+                    logprobs=(
+                        told_logprobs(outcome.logprobs, generator.vocabulary)
+                        if request.sampling.logprobs
+                        else None
+                    ),
                 )
                 for index, outcome in enumerate(outcomes)
             ),
@@ -276,6 +286,27 @@ def candidate_seeds(sampling: Sampling, job_id: str) -> tuple[int, ...]:
     """Return one seed per candidate: the request's own first, or one derived from the job's id."""
     first = sampling.seed if sampling.seed is not None else uuid.UUID(job_id).int & (2**63 - 1)
     return (first, *(_derived(first, index) for index in range(1, sampling.n)))
+
+
+def told_logprobs(logprobs: Sequence[TokenLogprobs], vocabulary: Vocabulary) -> tuple[TokenLogprob, ...]:
+    """Return log-probabilities as a result tells them, with what each token stands for."""
+
+    def described(token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token_id": token_id,
+            # Embeddings may have more rows than there are pieces.
+            "piece": vocabulary.piece(token_id) if token_id < vocabulary.size else "",
+            "text_hex": vocabulary.token_bytes(token_id).hex(),
+            "logprob": logprob,
+        }
+
+    return tuple(
+        TokenLogprob(
+            **described(token.token_id, token.logprob),
+            top=tuple(LikelyToken(**described(*likely)) for likely in token.top),
+        )
+        for token in logprobs
+    )
 
 
 def backoff_s(attempt: int, jitter: Callable[[float, float], float] = random.uniform) -> float:

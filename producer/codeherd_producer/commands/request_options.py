@@ -94,12 +94,21 @@ sampling = options(
     click.option(
         "--top-k", type=int, metavar="N", help="Keep this many of the likeliest tokens; 0 is all [0]."
     ),
+    click.option(
+        "--min-p", type=float, metavar="X", help="Keep tokens this fraction as likely as the likeliest [0]."
+    ),
     click.option("--repetition-penalty", type=float, metavar="X", help="1 is off, up to 2 [1]."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
     click.option(
         "--seed", type=int, metavar="N", help="Same request and seed, same text [from the job's id]."
     ),
     click.option("-n", "--n", type=int, metavar="N", help="Candidates [1]."),
+    click.option(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="With --json: tell each token's log-probability and the N likeliest, up to 5 [0].",
+    ),
 )
 scheduling = options(
     click.option("--priority", type=int, metavar="N", help="0 runs first, 9 last [5]."),

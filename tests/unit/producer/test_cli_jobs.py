@@ -4,7 +4,7 @@ import pytest
 
 from codeherd_producer.commands.failures import ExitCode
 from codeherd_schema.requests import GenerateRequest, InfillRequest, Request, Sampling
-from codeherd_schema.results import Candidate, FinishReason
+from codeherd_schema.results import Candidate, FinishReason, LikelyToken, TokenLogprob
 from codeherd_schema.states import JobState
 from codeherd_schema.store import Store
 from tests.by_hand import claim, finish, result_of
@@ -71,6 +71,29 @@ def test_result_document_holds_the_job_and_the_whole_result(command_line: Comman
 
     assert (document["schema"], set(document["job"])) == (1, JOB_FIELDS)
     assert document["result"] == stored.model_dump(mode="json")
+
+
+def test_result_document_tells_log_probabilities(command_line: CommandLine, store: Store) -> None:
+    job_id = submit(command_line, "--logprobs", "1")
+    claimed = claim(store, job_id)
+    likeliest = LikelyToken(token_id=30, piece="▁", text_hex="20", logprob=-0.25)
+    token = TokenLogprob(token_id=259, piece="<0xE9>", text_hex="e9", logprob=-1.5, top=(likeliest,))
+    candidate = Candidate(
+        index=0, text="é", finish_reason=FinishReason.EOS, completion_tokens=1, seed=1, logprobs=(token,)
+    )
+    store.succeed(claimed, result_of(claimed, "").model_copy(update={"candidates": (candidate,)}))
+
+    [told] = command_line("result", job_id, "--json").document["result"]["candidates"]
+
+    assert told["logprobs"] == [
+        {
+            "token_id": 259,
+            "piece": "<0xE9>",
+            "text_hex": "e9",
+            "logprob": -1.5,
+            "top": [{"token_id": 30, "piece": "▁", "text_hex": "20", "logprob": -0.25}],
+        }
+    ]
 
 
 def test_result_of_a_job_that_has_none(command_line: CommandLine, store: Store) -> None:

@@ -91,7 +91,22 @@ def test_every_option_reaches_the_request(command_line: CommandLine, store: Stor
             "0.5",
         ),
         *("--top-p", "0.9", "--top-k", "40", "--repetition-penalty", "1.1", "--stop", "\n", "--stop", "#"),
-        *("--seed", "3", "-n", "2", "--priority", "1", "--run-at", "10m", "--expires", "1h30m"),
+        *(
+            "--min-p",
+            "0.05",
+            "--logprobs",
+            "3",
+            "--seed",
+            "3",
+            "-n",
+            "2",
+            "--priority",
+            "1",
+            "--run-at",
+            "10m",
+            "--expires",
+            "1h30m",
+        ),
         *("--deadline", "2d", "--label", "team=docs", "--metadata", "why=a=b", "--idempotency-key", "k"),
         "--truncate",
     )
@@ -105,6 +120,7 @@ def test_every_option_reaches_the_request(command_line: CommandLine, store: Stor
         40,
     )
     assert (sampling.repetition_penalty, sampling.stop, sampling.seed, sampling.n) == (1.1, ("\n", "#"), 3, 2)
+    assert (sampling.min_p, sampling.logprobs) == (0.05, 3)
     assert (request.model, request.priority, request.overflow) == ("tiny-python", 1, Overflow.TRUNCATE)
     assert (request.run_at, request.expires_at) == (timedelta(minutes=10), timedelta(minutes=90))
     assert (request.deadline, request.idempotency_key) == (timedelta(days=2), "k")
@@ -200,6 +216,9 @@ def test_wrong_turns_are_refused(command_line: CommandLine, turns: str) -> None:
         (("infill", "<FILL_ME>", "--model", "codellama-34b"), "unsupported_by_model"),
         (("generate", "x", "--max-new-tokens", "5000"), "context_length_exceeded"),
         (("generate", "x", "--temperature", "3"), "invalid_request"),
+        (("generate", "x", "--min-p", "1.5"), "invalid_request"),
+        (("generate", "x", "--logprobs", "6"), "invalid_request"),
+        (("generate", "x", "--stop", ""), "invalid_request"),
         (("generate", "x", "--run-at", "tomorrow"), "usage"),
         (("generate", "x", "--run-at", "2026-05-01T09:00"), "usage"),
         (("generate", "x", "--label", "team"), "usage"),

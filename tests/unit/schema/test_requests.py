@@ -66,12 +66,18 @@ def test_row_form_is_ascii(request_: Request) -> None:
         ({"sampling": {"temperature": float("inf")}}, "sampling.temperature"),
         ({"sampling": {"top_p": 0}}, "sampling.top_p"),
         ({"sampling": {"top_k": -1}}, "sampling.top_k"),
+        ({"sampling": {"min_p": -0.1}}, "sampling.min_p"),
+        ({"sampling": {"min_p": 1.1}}, "sampling.min_p"),
         ({"sampling": {"repetition_penalty": 0.5}}, "sampling.repetition_penalty"),
         ({"sampling": {"stop": [""]}}, "sampling.stop.0"),
         ({"sampling": {"stop": ["x"] * 17}}, "sampling.stop"),
         ({"sampling": {"seed": 2**63}}, "sampling.seed"),
         ({"sampling": {"seed": -1}}, "sampling.seed"),
         ({"sampling": {"n": 0}}, "sampling.n"),
+        ({"sampling": {"logprobs": -1}}, "sampling.logprobs"),
+        ({"sampling": {"logprobs": 6}}, "sampling.logprobs"),
+        ({"sampling": {"logprobs": None}}, "sampling.logprobs"),
+        ({"sampling": {"stop": ["SECRET TEXT" * 30]}}, "sampling.stop.0"),
         ({"overflow": "SECRET TEXT"}, "overflow"),
         ({"run_at": "SECRET TEXT"}, "run_at"),
         ({"deadline": "2026-01-01T00:00:00"}, "deadline"),
@@ -107,6 +113,18 @@ def test_what_is_no_request_is_refused(data: object) -> None:
 
     assert "SECRET TEXT" not in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_an_empty_stop_string_is_refused_with_what_to_do() -> None:
+    with pytest.raises(InvalidRequest, match=r"`sampling.stop.1`: is empty.*leave it out"):
+        parse_request({**GENERATE, "sampling": {"stop": ["#", ""]}})
+
+
+def test_a_payload_from_before_a_field_was_added_is_read_with_its_default() -> None:
+    payload = dump_request(GenerateRequest(prompt="p"))
+    del payload["sampling"]["min_p"], payload["sampling"]["logprobs"]
+
+    assert parse_request(payload) == GenerateRequest(prompt="p")
 
 
 def test_further_faults_are_counted() -> None:
@@ -190,6 +208,8 @@ def test_key_is_no_part_of_the_content() -> None:
         {"model": "other"},
         {"priority": 1},
         {"sampling": Sampling(seed=1)},
+        {"sampling": Sampling(min_p=0.1)},
+        {"sampling": Sampling(logprobs=1)},
         {"labels": {"a": "b"}},
         {"metadata": {"a": "b"}},
         {"deadline": timedelta(1)},

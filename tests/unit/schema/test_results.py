@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from codeherd_schema.results import Candidate, FinishReason, Result
+from codeherd_schema.results import Candidate, FinishReason, LikelyToken, Result
 from tests import samples
 
 results = st.builds(
@@ -49,6 +49,27 @@ def test_wrong_field_is_refused(fields: dict[str, Any]) -> None:
     assert Candidate.model_validate(whole).finish_reason is FinishReason.EOS
     with pytest.raises(ValidationError):
         Candidate.model_validate({**whole, **fields})
+
+
+@given(st.binary(max_size=6))
+def test_bytes_of_a_token_survive_json_even_if_they_are_no_text(data: bytes) -> None:
+    token = LikelyToken(token_id=3, piece="<0xE9>", text_hex=data.hex(), logprob=-0.5)
+
+    again = LikelyToken.model_validate_json(token.model_dump_json())
+
+    assert again.text_bytes == data
+
+
+@pytest.mark.parametrize("logprob", [float("-inf"), float("nan")])
+def test_a_logprob_is_a_number_that_json_can_write(logprob: float) -> None:
+    with pytest.raises(ValidationError):
+        LikelyToken(token_id=3, piece="x", text_hex="78", logprob=logprob)
+
+
+def test_a_result_from_before_logprobs_is_read_without_them() -> None:
+    old = {"index": 0, "text": "x", "finish_reason": "eos", "completion_tokens": 1, "seed": 1}
+
+    assert Candidate.model_validate(old).logprobs is None
 
 
 @given(results)

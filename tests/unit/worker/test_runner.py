@@ -22,6 +22,7 @@ from codeherd_schema.states import JobState
 from codeherd_schema.store import Claim, Commit, Job, Store
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.loading import LoadedModel
+from codeherd_worker.engine.logprobs import TokenLogprobs
 from codeherd_worker.engine.stopping import CancelReason
 from codeherd_worker.engine.vocabulary import Vocabulary
 from codeherd_worker.runner import (
@@ -31,6 +32,7 @@ from codeherd_worker.runner import (
     Runner,
     backoff_s,
     candidate_seeds,
+    told_logprobs,
 )
 from codeherd_worker.running import Running
 from tests.services import wait_until
@@ -47,7 +49,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
     (folder / "tokenizer.model").write_bytes(model_bytes("control"))
     vocabulary = Vocabulary.from_folder(folder)
     model = tiny_llama(vocab_size=vocabulary.size)
-    engine = Engine(model, EngineSettings(slots=4, max_len=MAX_LEN, prefill_chunk=64))
+    engine = Engine(model, EngineSettings.uniform(slots=4, max_len=MAX_LEN, prefill_chunk=64))
     engine.start()
     loaded = LoadedModel(
         model=model, revision="r1", quantization="none", dtype=model.dtype, device=model.device, folder=folder
@@ -145,6 +147,35 @@ def test_the_same_request_gives_the_same_text_again(bench: Bench) -> None:
     assert one is not None
     assert two is not None
     assert one.text == two.text
+
+
+def test_logprobs_are_stored_with_what_each_token_stands_for(bench: Bench, generator: Generator) -> None:
+    asked = Sampling(max_new_tokens=6, seed=3, n=2, temperature=1.0, min_p=0.001, logprobs=3)
+    with_logprobs = bench.run(GenerateRequest(prompt="def f(", sampling=asked))
+    without = bench.run(GenerateRequest(prompt="def f(", sampling=asked.model_copy(update={"logprobs": 0})))
+
+    told, silent = bench.store.result(with_logprobs.id), bench.store.result(without.id)
+    assert told is not None
+    assert silent is not None
+    assert [c.text for c in told.candidates] == [c.text for c in silent.candidates]
+    assert [c.logprobs for c in silent.candidates] == [None, None]
+    for candidate in told.candidates:
+        assert candidate.logprobs is not None
+        assert len(candidate.logprobs) == candidate.completion_tokens
+        for token in candidate.logprobs:
+            assert token.piece == generator.vocabulary.piece(token.token_id)
+            assert token.text_bytes == generator.vocabulary.token_bytes(token.token_id)
+            assert len(token.top) == 3
+            assert token.top[0].logprob >= token.logprob
+            assert [t.logprob for t in token.top] == sorted((t.logprob for t in token.top), reverse=True)
+
+
+def test_an_id_without_a_piece_is_told_by_its_number(generator: Generator) -> None:
+    beyond = generator.vocabulary.size
+    [told] = told_logprobs([TokenLogprobs(beyond, -1.0, ((0, -0.5),))], generator.vocabulary)
+
+    assert (told.token_id, told.piece, told.text_bytes) == (beyond, "", b"")
+    assert told.top[0].piece == generator.vocabulary.piece(0)
 
 
 def test_a_hint_whose_job_is_gone_is_dropped(bench: Bench) -> None:

@@ -1,151 +1,186 @@
 """Keep the keys and values of every slot in tensors that are allocated once.
 
-Owns: where a token's keys and values are written and which of them a forward pass reads. Plugs into
-an unmodified `LlamaForCausalLM` as its `past_key_values`. Does not know which slot is in use, what a
-position means to the model, or masks: what must not be attended is never masked out here.
+Owns: where a token's keys and values lie, for slots of different lengths, and how a prefix is copied from
+one slot to another. Does not know which slot is in use, what a position means to the model, or masks:
+what must not be attended is never masked out here.
 
-A slot is one row. Its last positions are spare: padding and idle rows write there (`spare_position`),
-and no read ever covers them, so whatever lies there cannot reach a sequence.
+A slot is one row of its class. Its last positions are spare: padding and idle rows write there
+(`spare_of`), and no read ever covers them, so whatever lies there cannot reach a sequence.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+
+from codeherd_worker.engine.slot_classes import SlotClass
 
 #: Tokens. Rows start at multiples of this many tokens: CPU kernels may round differently when the
 #: same numbers lie at another alignment, and CUDA kernels want masks in multiples of 8.
 ROW_ALIGNMENT = 16
 
 
-class Aim:
-    """Say where the next forward pass writes and what it reads; shared by all layers."""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where the slots of one class lie."""
 
-    __slots__ = ("destination", "kv_len", "rows")
+    #: First slot, and one past the last.
+    start: int
+    end: int
+    #: Tokens that a read may cover: the class's length rounded up.
+    readable_len: int
 
-    def __init__(self, rows: slice, kv_len: int, destination: torch.Tensor) -> None:
-        self.rows = rows
-        self.kv_len = kv_len
-        #: (B*H*S,) int64: index of each new key in the cache seen as (rows*H*capacity, D).
-        self.destination = destination
-
-
-class SlotLayer(CacheLayerMixin):
-    """One decoder layer's share: keys and values of shape (rows, H, capacity, D)."""
-
-    is_compileable = True
-    is_sliding = False
-
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.is_initialized = True
-        self.aim: Aim
-        self._flat_keys = self.keys.view(-1, shape[-1])
-        self._flat_values = self.values.view(-1, shape[-1])
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the tensors exist since the start."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new keys and values of shape (B, H, S, D); return those to attend, (B, H, kv_len, D)."""
-        aim = self.aim
-        # No copy on one device; with a group of GPUs each layer keeps its share where it computes.
-        destination = aim.destination.to(self.keys.device)
-        head_size = key_states.shape[-1]
-        self._flat_keys.index_copy_(0, destination, key_states.reshape(-1, head_size))
-        self._flat_values.index_copy_(0, destination, value_states.reshape(-1, head_size))
-        return self.keys[aim.rows, :, : aim.kv_len], self.values[aim.rows, :, : aim.kv_len]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tell transformers how long the attended part is, and that it starts at 0."""
-        return self.aim.kv_len, 0
-
-    def get_seq_length(self) -> int:
-        """Return 0: positions come with every call, this layer counts nothing."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """Return how many tokens one row can hold."""
-        return int(self.keys.shape[2])
+    @property
+    def capacity(self) -> int:
+        """Tokens per slot with the spare ones."""
+        return self.readable_len + ROW_ALIGNMENT
 
 
-class SlotCache(Cache):
-    """The cache of all layers, `rows` sequences of up to `max_len` tokens each."""
+class SlotCache:
+    """The keys and values of all layers and slots."""
 
     def __init__(
         self,
-        config: LlamaConfig,
+        classes: Sequence[SlotClass],
         *,
-        rows: int,
-        max_len: int,
+        key_heads: int,
+        head_size: int,
         dtype: torch.dtype,
-        layer_devices: list[torch.device],
+        layer_devices: Sequence[torch.device],
+        is_token_major: bool = False,
     ) -> None:
         """Allocate everything that will ever be needed.
 
         Args:
-            config: the model's; `head_dim` is taken as written when it is explicit.
-            rows: sequences that are held at the same time.
-            max_len: tokens per row that can be attended.
-            dtype: of the keys and values the model produces.
+            classes: how many slots of which length, in slot order.
+            key_heads: K, heads of keys and values.
+            head_size: D.
+            dtype: of the keys and values that the model produces.
             layer_devices: where each layer computes, in layer order.
+            is_token_major: whether a token's heads lie side by side, as CUDA's variable-length kernels
+                want, or a head's tokens, which CPU kernels read faster.
         """
-        heads = config.num_key_value_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        #: Tokens per row that a read may cover: `max_len` rounded up.
-        self.readable_len = _round_up(max_len, ROW_ALIGNMENT)
-        self.spare_position = self.readable_len
-        capacity = self.readable_len + ROW_ALIGNMENT
-        shape = (rows, heads, capacity, head_size)
-        layers = [SlotLayer(shape, dtype, device) for device in layer_devices]
-        super().__init__(layers=layers)
-        self._slot_layers = layers
-        # (rows, H, 1): where each row's and head's stretch begins in the flat view.
-        self._starts = torch.arange(rows * heads, device=layer_devices[0]).mul_(capacity).view(rows, heads, 1)
+        self.rooms = tuple(_rooms(classes))
+        self.slots = self.rooms[-1].end
+        self._room_of = [room for room in self.rooms for _ in range(room.start, room.end)]
+        self._is_token_major = is_token_major
+        self._key_heads = key_heads
+        self.dtype = dtype
+        capacities = torch.tensor([room.capacity for room in self._room_of])
+        starts = capacities.cumsum(0) - capacities
+        tokens = int(capacities.sum())
+        if is_token_major:
+            bases, rows, width = starts[:, None], tokens, key_heads * head_size
+        else:
+            bases = starts[:, None] * key_heads + capacities[:, None] * torch.arange(key_heads)
+            rows, width = tokens * key_heads, head_size
+        # (slots, 1) or (slots, K): the row in which each slot's, or slot's head's, first token lies.
+        self._bases = bases.to(layer_devices[0])
+        self._starts: list[int] = starts.tolist()
+        #: (slots,) int64, on the first layer's device: `spare_of` each slot.
+        self.spares = (capacities - ROW_ALIGNMENT).to(layer_devices[0])
+        # (2, rows, width) per layer: keys and values.
+        self._flat = [torch.zeros(2, rows, width, dtype=dtype, device=device) for device in layer_devices]
+        # Per room and layer, the same memory as (slots, K, capacity, D).
+        self._keys = [[self._view(flat[0], room, head_size) for flat in self._flat] for room in self.rooms]
+        self._values = [[self._view(flat[1], room, head_size) for flat in self._flat] for room in self.rooms]
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._slot_layers)
+        return sum(flat.nbytes for flat in self._flat)
 
-    def point(self, rows: slice, positions: torch.Tensor, kv_len: int) -> None:
-        """Prepare the next forward pass.
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each layer's memory begins; never changes after the start."""
+        return tuple(flat.data_ptr() for flat in self._flat)
+
+    def room_of(self, slot: int) -> Room:
+        """Return the class that a slot belongs to."""
+        return self._room_of[slot]
+
+    def spare_of(self, slot: int) -> int:
+        """Return the position of a slot that no read covers."""
+        return self._room_of[slot].readable_len
+
+    def destinations(self, positions: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
+        """Return where tokens go, for `write`.
 
         Args:
-            rows: the rows it computes, B of them.
-            positions: (B, S) int64, where each new token is written in its row.
-            kv_len: how many positions of those rows it may attend, at most `readable_len`.
+            positions: (B, S) int64, each token's position in its slot.
+            slots: (B,) int64, the slots; None: all of them, in order.
         """
-        destination = (self._starts[rows] + positions[:, None, :]).flatten()
-        aim = Aim(rows, kv_len, destination)
-        for layer in self._slot_layers:
-            layer.aim = aim
+        bases = self._bases if slots is None else self._bases[slots]
+        return (bases[:, None] + positions[..., None]).flatten()
 
-    def wipe(self, row: int) -> None:
-        """Zero one row. Needed after numbers that are not finite: masked NaN still spreads."""
-        for layer in self._slot_layers:
-            layer.keys[row].zero_()
-            layer.values[row].zero_()
+    def write(self, layer: int, destination: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store new keys and values, (T, K, D) each, where `destinations` says; no other place changes."""
+        keys, values = self._flat[layer]
+        width = keys.shape[-1]
+        keys.index_copy_(0, destination, key.reshape(-1, width))
+        values.index_copy_(0, destination, value.reshape(-1, width))
+
+    def read(self, layer: int, start: int, count: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of neighbouring slots of one class, (count, K, kv_len, D) each."""
+        room = self._room_of[start]
+        number, first = self.rooms.index(room), start - room.start
+        return (
+            self._keys[number][layer][first : first + count, :, :kv_len],
+            self._values[number][layer][first : first + count, :, :kv_len],
+        )
+
+    def flat(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values as they lie; token-major: (tokens, K * D)."""
+        keys, values = self._flat[layer]
+        return keys, values
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one slot to another, of whatever class."""
+        for layer in range(len(self._flat)):
+            sources = self.read(layer, source, 1, length)
+            for old, new in zip(sources, self.read(layer, target, 1, length), strict=True):
+                new.copy_(old)
+
+    def wipe(self, slot: int) -> None:
+        """Zero one slot. Needed after numbers that are not finite: masked NaN still spreads."""
+        for layer in range(len(self._flat)):
+            for part in self.read(layer, slot, 1, self._room_of[slot].capacity):
+                part.zero_()
 
     def fill_alike(self, generator: torch.Generator) -> None:
-        """Give all rows the same random content, for checks that compare rows."""
-        for layer in self._slot_layers:
-            for tensor in (layer.keys, layer.values):
-                row = torch.randn(tensor.shape[1:], generator=generator)
-                tensor.copy_(row.to(tensor.device, tensor.dtype).expand_as(tensor))
+        """Give all slots the same random content, for checks that compare slots."""
+        longest = max(room.capacity for room in self.rooms)
+        for layer in range(len(self._flat)):
+            pair = (self._keys, self._values)
+            for views in pair:
+                _, heads, _, size = views[0][layer].shape
+                row = torch.randn(heads, longest, size, generator=generator)
+                for room, view in zip(self.rooms, views, strict=True):
+                    part = row[:, : room.capacity].to(view[layer].device, view[layer].dtype)
+                    view[layer].copy_(part.expand_as(view[layer]))
 
     def clear(self) -> None:
-        """Zero all rows."""
-        for row in range(len(self._starts)):
-            self.wipe(row)
+        """Zero all slots."""
+        for flat in self._flat:
+            flat.zero_()
+
+    def _view(self, flat: torch.Tensor, room: Room, head_size: int) -> torch.Tensor:
+        slots, heads = room.end - room.start, self._key_heads
+        start = self._starts[room.start]
+        tokens = slots * room.capacity
+        if self._is_token_major:
+            part = flat[start : start + tokens].view(slots, room.capacity, heads, head_size)
+            return part.transpose(1, 2)
+        part = flat[start * heads : (start + tokens) * heads]
+        return part.view(slots, heads, room.capacity, head_size)
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _rooms(classes: Sequence[SlotClass]) -> list[Room]:
+    rooms, start = [], 0
+    for part in classes:
+        readable_len = -(-part.length // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        rooms.append(Room(start, start + part.slots, readable_len))
+        start += part.slots
+    return rooms

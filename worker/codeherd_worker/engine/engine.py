@@ -1,22 +1,13 @@
-"""Generate for many sequences at once: who gets a slot, what runs next, what came of it.
+"""Generate for many sequences at once: the one thread that may touch the model, and who waits for it.
 
-Owns: the waiting line, the slots, the one thread that may touch the model, and each sequence's end. Does
-not know tensors (`decode.py`), sampling rules (`sampling.py`), stop rules (`stopping.py`), or anything of
-queues, tables, processes and requests: token ids come in, text and token ids go out.
-
-A sequence's life, each arrow taken by the engine thread between two passes of the model:
-    waiting -> prefilling      a slot is free and nothing else is prefilling; priority, then arrival
-    prefilling -> decoding     its last chunk is done, and the first token did not end it
-    any -> ended               stopped, cancelled, past its deadline, or failed; its future is complete
-
-A turn of the loop: end what was cancelled, admit one sequence, prefill one chunk, decode one step. One
-chunk is therefore the most that the decoding sequences wait for a new one.
+Owns: the thread, what other threads may call, futures, and the facts that a text's bytes depend on. Does
+not know who gets a slot when (`scheduler.py`), tensors (`decode.py`), or anything of queues, tables,
+processes and requests: token ids come in, text and token ids go out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import importlib.metadata
 import logging
 import platform
@@ -24,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from transformers import LlamaForCausalLM
@@ -32,16 +24,20 @@ from transformers import LlamaForCausalLM
 from codeherd_schema.errors import (
     CodeherdError,
     EngineFailed,
-    GenerationError,
     InvalidRequest,
     InvalidSetting,
     OutOfMemory,
     PromptTooLong,
 )
-from codeherd_worker.engine.decode import RowChecks, SlotDecoder
-from codeherd_worker.engine.loading import is_out_of_memory, quantization_of
-from codeherd_worker.engine.sampling import SamplingParams
-from codeherd_worker.engine.stopping import CancelReason, CancelToken, FinishReason, Stopper
+from codeherd_worker.engine.decode import SlotDecoder
+from codeherd_worker.engine.drafts import PromptLookup
+from codeherd_worker.engine.faults import is_out_of_memory, is_sticky
+from codeherd_worker.engine.loading import quantization_of
+from codeherd_worker.engine.probes import RowChecks
+from codeherd_worker.engine.scheduler import Ended, Scheduler
+from codeherd_worker.engine.sequences import Sequence, SequenceOutcome, SequenceRequest
+from codeherd_worker.engine.slot_classes import SlotClass
+from codeherd_worker.engine.stopping import CancelReason
 
 logger = logging.getLogger(__name__)
 
@@ -55,53 +51,65 @@ _KERNEL_PACKAGES = ("torch", "transformers", "bitsandbytes")
 class EngineSettings:
     """The size of an engine; fixed for its life."""
 
-    #: Sequences that decode together.
-    slots: int
-    #: Tokens per slot, prompt and new ones.
-    max_len: int
-    #: Tokens of a prompt that are computed between two decode steps.
+    #: How many slots of which length, shortest first.
+    classes: tuple[SlotClass, ...]
+    #: Tokens of prompts that are computed between two decode steps, at most.
     prefill_chunk: int = 256
+    #: Copy a prompt's beginning from a slot that has computed the same tokens.
+    reuse_prefixes: bool = True
+    #: Tokens that are guessed from the prompt and tried in one step; 0 is off.
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("slots", "max_len", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise InvalidSetting(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not self.classes:
+            raise InvalidSetting("an engine needs at least one slot")
+        lengths = [part.length for part in self.classes]
+        if sorted(set(lengths)) != lengths:
+            raise InvalidSetting(f"slot lengths are {lengths}, must ascend")
+        if self.prefill_chunk < 1:
+            raise InvalidSetting(f"prefill_chunk is {self.prefill_chunk}, must be at least 1")
+        if self.draft_tokens < 0:
+            raise InvalidSetting(f"draft_tokens is {self.draft_tokens}, must be 0 or more")
+
+    @classmethod
+    def uniform(
+        cls,
+        *,
+        slots: int,
+        max_len: int,
+        prefill_chunk: int = 256,
+        reuse_prefixes: bool = True,
+        draft_tokens: int = 0,
+    ) -> Self:
+        """Return the settings of an engine whose slots all hold `max_len` tokens."""
+        return cls((SlotClass(max_len, slots),), prefill_chunk, reuse_prefixes, draft_tokens)
+
+    @property
+    def slots(self) -> int:
+        """Sequences that decode together."""
+        return sum(part.slots for part in self.classes)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest slot, prompt and new ones."""
+        return self.classes[-1].length
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceRequest:
-    """One sequence to generate."""
+class SlotView:
+    """One slot at one moment, for people who look."""
 
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
-    stopper: Stopper
-    cancel: CancelToken
-    #: On the engine's clock, `time.monotonic()` unless it was given another; None: no deadline.
-    deadline: float | None = None
-    #: 0 gets a slot first.
-    priority: int = 5
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceOutcome:
-    """What came of a sequence that did not fail."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    #: None when cancelled.
-    finish_reason: FinishReason | None
-    #: None when it ended by its own rules.
-    cancelled: CancelReason | None
-    stop_string: str | None
+    slot: int
+    #: Tokens that it can hold.
+    length: int
+    #: The request's name; None while the slot is free.
+    name: str | None
     prompt_tokens: int
-    #: Tokens in `token_ids`: a stop id does not count.
-    completion_tokens: int
-    #: From `submit` to the slot.
-    queue_s: float
-    #: From the slot to the first token.
-    prefill_s: float
-    #: From the first token to the end.
-    decode_s: float
+    #: Prompt tokens that were copied from another slot.
+    reused_tokens: int
+    #: Prompt tokens that are in the cache, copied ones too.
+    prefilled_tokens: int
+    new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,30 +120,29 @@ class EngineStats:
     #: Sequences in a slot, prefilling or decoding.
     active: int
     waiting: int
-    #: Decode steps since the start.
+    #: Decode steps and prefill passes since the start.
     steps: int
+    passes: int
     #: New tokens since the start.
     tokens: int
+    #: Prompt tokens of admitted sequences, and how many of them were copied instead of computed.
+    prompt_tokens: int
+    reused_tokens: int
+    #: Guessed tokens that were tried, and how many of them were right.
+    drafted: int
+    accepted: int
+    #: Seconds in which the engine had something to do.
+    busy_s: float
     cache_bytes: int
     #: On the engine's clock: when a pass of the model last began or ended. Old while `active` is not
     #: 0 means that the device hangs.
     last_step_at: float
 
 
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    request: SequenceRequest
-    submitted_at: float
-    future: Future[SequenceOutcome] = field(default_factory=Future)
-    prefilled: int = 0
-    admitted_at: float | None = None
-    decoding_at: float | None = None
-
-
 class Engine:
     """A model, its slots and the thread that runs them.
 
-    `submit` and `stats` may be called from any thread; `warm_up` only before `start`.
+    `submit`, `stats` and `views` may be called from any thread; `warm_up` only before `start`.
     """
 
     def __init__(
@@ -153,8 +160,9 @@ class Engine:
             clock: seconds, monotonic.
 
         Raises:
-            InvalidSetting: `max_len` is more than the model has positions for.
-            OutOfMemory: the cache does not fit; use fewer slots or a smaller `max_len`.
+            InvalidSetting: a slot is longer than the model has positions for.
+            ModelFilesInvalid: the model's rotary angles change with the length of a sequence.
+            OutOfMemory: the cache does not fit; use fewer slots or shorter ones.
         """
         positions = model.config.max_position_embeddings
         if settings.max_len > positions:
@@ -164,40 +172,33 @@ class Engine:
             )
         self._settings = settings
         self._clock = clock
+        self._model = model
         try:
             self._decoder = SlotDecoder(
                 model,
-                slots=settings.slots,
-                max_len=settings.max_len,
+                classes=settings.classes,
                 prefill_chunk=min(settings.prefill_chunk, settings.max_len),
+                draft_tokens=settings.draft_tokens,
             )
         except (RuntimeError, MemoryError) as err:
             if not is_out_of_memory(err):
                 raise
             raise OutOfMemory(
-                f"no memory for {settings.slots} slots of {settings.max_len} tokens",
+                f"no memory for {settings.slots} slots of up to {settings.max_len} tokens",
                 hint="use fewer slots, a smaller max_len or a stronger quantization",
             ) from err
-        #: What the produced bytes depend on beside weights and request.
-        self.facts = _facts(model, self._decoder, settings)
-        #: A short stable hash of `facts`.
-        self.fingerprint = _digest(self.facts)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        # Guards what other threads touch: the next five.
+        # Guards what other threads touch: the next four.
         self._wake = threading.Condition()
-        self._waiting: list[tuple[int, int, _Sequence]] = []
+        self._arrived: list[Sequence] = []
         # Every sequence without an outcome, in order of arrival: nobody may wait for ever.
-        self._open: dict[_Sequence, None] = {}
-        self._arrivals = 0
+        self._open: dict[Sequence, None] = {}
         self._is_closing = False
         self._failure: CodeherdError | None = None
-        # Touched by the engine thread alone; `stats` reads sizes.
-        self._free_slots = list(range(settings.slots))
-        self._slot_of: dict[_Sequence, int] = {}
-        self._prefilling: _Sequence | None = None
-        self._decoding: dict[int, _Sequence] = {}
-        self._steps = 0
-        self._tokens = 0
+        # Touched by the engine thread alone; `stats` reads sizes. Made anew by `warm_up`, which may find
+        # that fewer shapes are sound.
+        self._scheduler = self._new_scheduler()
+        self._busy_s = 0.0
         self._last_step_at = clock()
 
     @property
@@ -205,9 +206,21 @@ class Engine:
         """Whether a pass of the model failed; nothing can be submitted any more."""
         return self._failure is not None
 
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """What the produced bytes depend on beside weights and request; settled by `warm_up`."""
+        return _facts(self._model, self._decoder, self._settings)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short stable hash of `facts`."""
+        return _digest(self.facts)
+
     def warm_up(self) -> RowChecks:
         """Run every shape once, so that the first sequence pays for nothing; before `start`."""
-        return self._decoder.warm_up()
+        checks = self._decoder.warm_up()
+        self._scheduler = self._new_scheduler()
+        return checks
 
     def start(self) -> None:
         """Start the engine thread."""
@@ -234,30 +247,58 @@ class Engine:
             EngineFailed: the engine broke or is closed; another process has to take over.
         """
         self._check(request)
-        sequence = _Sequence(request, submitted_at=self._clock())
+        lookup = PromptLookup(request.prompt_ids) if self._settings.draft_tokens else None
+        sequence = Sequence(request, submitted_at=self._clock(), lookup=lookup)
         sequence.future.set_running_or_notify_cancel()
         with self._wake:
             if self._failure is not None:
                 raise EngineFailed(f"the engine broke: {self._failure}") from self._failure
             if self._is_closing:
                 raise EngineFailed("the engine is closed")
-            heapq.heappush(self._waiting, (request.priority, self._arrivals, sequence))
-            self._arrivals += 1
+            self._arrived.append(sequence)
             self._open[sequence] = None
             self._wake.notify()
         return sequence.future
 
     def stats(self) -> EngineStats:
-        """Return how busy the engine is."""
+        """Return how busy the engine is, and what it did since the start."""
+        scheduler, counters = self._scheduler, self._scheduler.counters
         return EngineStats(
             slots=self._settings.slots,
-            active=len(self._slot_of),
-            waiting=len(self._waiting),
-            steps=self._steps,
-            tokens=self._tokens,
+            active=len(scheduler.running),
+            waiting=len(self._arrived) + scheduler.waiting,
+            steps=counters.steps,
+            passes=counters.passes,
+            tokens=counters.tokens,
+            prompt_tokens=counters.prompt_tokens,
+            reused_tokens=counters.reused_tokens,
+            drafted=counters.drafted,
+            accepted=counters.accepted,
+            busy_s=self._busy_s,
             cache_bytes=self._decoder.cache.cache_bytes,
             last_step_at=self._last_step_at,
         )
+
+    def views(self) -> list[SlotView]:
+        """Return all slots, shortest class first; a moment's picture, taken without stopping anything."""
+        running = dict(self._scheduler.running)
+        return [
+            _view(slot, part.length, running.get(slot))
+            for part, slots in zip(self._settings.classes, self._decoder.slots_of_class, strict=True)
+            for slot in slots
+        ]
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            self._decoder,
+            self._settings.classes,
+            reuse_prefixes=self._settings.reuse_prefixes,
+            clock=self._clock,
+            on_pass=self._on_pass,
+        )
+
+    def _on_pass(self) -> None:
+        self._last_step_at = self._clock()
 
     def _check(self, request: SequenceRequest) -> None:
         prompt_ids = request.prompt_ids
@@ -267,7 +308,7 @@ class Engine:
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._decoder.vocab_size:
             raise InvalidRequest(f"a token id is not in [0, {self._decoder.vocab_size})")
         new, room = request.stopper.max_new_tokens, self._settings.max_len
-        if len(prompt_ids) + new > room:
+        if request.need > room:
             raise PromptTooLong(
                 f"prompt has {len(prompt_ids)} tokens and asks for {new} more, a slot holds {room}"
             )
@@ -276,7 +317,10 @@ class Engine:
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
-                    self._turn()
+                    started = self._clock()
+                    for ended in self._scheduler.turn():
+                        self._complete(ended)
+                    self._busy_s += self._clock() - started
             self._drain()
         except BaseException as err:  # whatever it is, somebody waits for the futures
             self._fail_all(err)
@@ -284,126 +328,41 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; return False when the engine is to close."""
         with self._wake:
-            while not (self._is_closing or self._waiting or self._slot_of):
+            while not (self._is_closing or self._arrived or self._scheduler.has_work):
                 self._wake.wait()
-            return not self._is_closing
+            arrived, self._arrived = self._arrived, []
+            is_closing = self._is_closing
+        for sequence in arrived:
+            self._scheduler.add(sequence)
+        return not is_closing
 
-    def _turn(self) -> None:
-        self._end_cancelled()
-        self._admit()
-        if self._prefilling is not None:
-            self._prefill_chunk(self._prefilling)
-        if self._decoding:
-            self._decode_step()
-
-    def _end_cancelled(self) -> None:
-        now = self._clock()
-        ended = [sequence for sequence in self._slot_of if _is_cancelled(sequence.request, now)]
-        with self._wake:
-            gone = [entry for entry in self._waiting if _is_cancelled(entry[2].request, now)]
-            if gone:
-                self._waiting = [entry for entry in self._waiting if entry not in gone]
-                heapq.heapify(self._waiting)
-        for sequence in ended + [sequence for _, _, sequence in gone]:
-            self._complete(sequence, None)
-
-    def _admit(self) -> None:
-        if self._prefilling is not None or not self._free_slots:
-            return
-        with self._wake:
-            if not self._waiting:
-                return
-            _, _, sequence = heapq.heappop(self._waiting)
-        sequence.admitted_at = self._clock()
-        self._slot_of[sequence] = self._free_slots.pop()
-        self._prefilling = sequence
-
-    def _prefill_chunk(self, sequence: _Sequence) -> None:
-        slot, request = self._slot_of[sequence], sequence.request
-        start = sequence.prefilled
-        chunk = request.prompt_ids[start : start + self._decoder.prefill_chunk]
-        self._last_step_at = self._clock()
-        logits = self._decoder.prefill(slot, chunk, start)
-        self._last_step_at = self._clock()
-        sequence.prefilled += len(chunk)
-        if sequence.prefilled < len(request.prompt_ids):
-            return
-        self._prefilling = None
-        self._decoding[slot] = sequence
-        token = self._decoder.begin(slot, request.sampling, request.prompt_ids, logits)
-        self._last_step_at = sequence.decoding_at = self._clock()
-        self._take(sequence, token)
-
-    def _decode_step(self) -> None:
-        self._last_step_at = self._clock()
-        tokens = self._decoder.step()
-        self._last_step_at = self._clock()
-        self._steps += 1
-        for slot, token in tokens.items():
-            self._take(self._decoding[slot], token)
-
-    def _take(self, sequence: _Sequence, token: int | None) -> None:
-        """Give a sequence its next token; None means that the model produced none."""
-        if token is None:
-            self._decoder.wipe(self._slot_of[sequence])
-            self._fail(sequence, GenerationError("the model's logits are not finite"))
-            return
-        self._tokens += 1
-        try:
-            reason = sequence.request.stopper.push(token)
-        except Exception as err:  # foreign code: its sequence fails, the others go on
-            self._fail_text(sequence, err)
-            return
-        if reason is not None:
-            self._complete(sequence, reason)
-
-    def _complete(self, sequence: _Sequence, reason: FinishReason | None) -> None:
-        """End a sequence with an outcome; without a reason it was cancelled."""
-        try:
-            sequence.request.stopper.close()
-        except Exception as err:  # as in _take
-            self._fail_text(sequence, err)
-            return
-        self._free(sequence)
-        sequence.future.set_result(_outcome(sequence, reason, self._clock()))
-
-    def _fail_text(self, sequence: _Sequence, cause: Exception) -> None:
-        logger.error("stopper_failed error=%s", type(cause).__name__, exc_info=cause)
-        self._fail(sequence, GenerationError("the text could not be put together"), cause)
-
-    def _fail(self, sequence: _Sequence, error: CodeherdError, cause: BaseException | None = None) -> None:
-        self._free(sequence)
-        error.__cause__ = cause
-        sequence.future.set_exception(error)
-
-    def _free(self, sequence: _Sequence) -> None:
-        """Forget a sequence and give back its slot, if it has one."""
+    def _complete(self, ended: Ended) -> None:
+        sequence = ended.sequence
         with self._wake:
             self._open.pop(sequence, None)
-        if self._prefilling is sequence:
-            self._prefilling = None
-        slot = self._slot_of.pop(sequence, None)
-        if slot is None:
-            return
-        if self._decoding.pop(slot, None) is not None:
-            self._decoder.release(slot)
-        self._free_slots.append(slot)
+        if ended.error is not None:
+            sequence.future.set_exception(ended.error)
+        else:
+            sequence.future.set_result(sequence.outcome(ended.reason, self._clock()))
 
     def _drain(self) -> None:
         """Complete everything that is left as cancelled; nothing new can come in any more."""
-        for sequence in list(self._open):
-            sequence.request.cancel.cancel(CancelReason.DRAIN)
-            self._complete(sequence, None)
-        self._waiting.clear()
+        for sequence in self._arrived:
+            self._scheduler.add(sequence)
+        self._arrived = []
+        for ended in self._scheduler.end_all(CancelReason.DRAIN):
+            self._complete(ended)
 
     def _fail_all(self, cause: BaseException) -> None:
         """Break: whatever state the device is in, nobody may wait for it."""
-        logger.error("engine_broke error=%s", type(cause).__name__, exc_info=cause)
+        logger.error(
+            "engine_broke error=%s sticky=%s", type(cause).__name__, is_sticky(cause), exc_info=cause
+        )
         with self._wake:
             self._failure = _failure(cause)
-            self._waiting.clear()
+            self._arrived = []
             sequences, self._open = list(self._open), {}
-        self._slot_of.clear()
+        self._scheduler = self._new_scheduler()
         for sequence in sequences:
             # A new error for each: raising one adds to its traceback.
             if not sequence.future.done():
@@ -420,28 +379,19 @@ def _failure(cause: BaseException) -> CodeherdError:
     return error
 
 
-def _outcome(sequence: _Sequence, reason: FinishReason | None, now: float) -> SequenceOutcome:
+def _view(slot: int, length: int, sequence: Sequence | None) -> SlotView:
+    if sequence is None:
+        return SlotView(slot, length, None, 0, 0, 0, 0)
     request = sequence.request
-    admitted_at = now if sequence.admitted_at is None else sequence.admitted_at
-    decoding_at = now if sequence.decoding_at is None else sequence.decoding_at
-    return SequenceOutcome(
-        text=request.stopper.text,
-        token_ids=tuple(request.stopper.token_ids),
-        finish_reason=reason,
-        cancelled=request.cancel.reason if reason is None else None,
-        stop_string=request.stopper.stop_string,
+    return SlotView(
+        slot=slot,
+        length=length,
+        name=request.name,
         prompt_tokens=len(request.prompt_ids),
-        completion_tokens=len(request.stopper.token_ids),
-        queue_s=admitted_at - sequence.submitted_at,
-        prefill_s=decoding_at - admitted_at,
-        decode_s=now - decoding_at,
+        reused_tokens=sequence.reused,
+        prefilled_tokens=sequence.prefilled,
+        new_tokens=len(request.stopper.token_ids),
     )
-
-
-def _is_cancelled(request: SequenceRequest, now: float) -> bool:
-    if request.deadline is not None and now >= request.deadline:
-        request.cancel.cancel(CancelReason.DEADLINE)
-    return request.cancel.reason is not None
 
 
 def _facts(model: LlamaForCausalLM, decoder: SlotDecoder, settings: EngineSettings) -> dict[str, str | int]:
@@ -452,10 +402,8 @@ def _facts(model: LlamaForCausalLM, decoder: SlotDecoder, settings: EngineSettin
         "quantization": quantization_of(model),
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
-        "slots": settings.slots,
-        "rows": decoder.rows,
-        "max_len": settings.max_len,
-        "prefill_chunk": decoder.prefill_chunk,
+        "slots": " ".join(f"{part.slots}x{part.length}" for part in settings.classes),
+        **decoder.facts,
     }
     if not is_cuda:
         # CPU kernels differ by instruction set, and share rows among threads.

@@ -1,60 +1,78 @@
 """Load a Code Llama from a folder or from the hub's cache, quantized as asked.
 
-Owns: which quantization a device gets, what makes a model folder valid, and the model's revision. The
-weights, their classes and their kernels are transformers', bitsandbytes' and accelerate's. Does not know
-tokenizer files, slots on the device, or which models codeherd serves (`codeherd_schema.models`).
+Owns: how a quantization is applied, in which dtype, and the loaded model. The weights, their classes and
+their kernels are transformers', bitsandbytes', torchao's and accelerate's. Does not know what makes files
+valid (`checkpoint.py`), which quantization `auto` is (`quantization.py`), where layers go (`placement.py`),
+tokenizer files, or which models codeherd serves (`codeherd_schema.models`).
 
-Quantizations:
-    nf4     4 bits, bitsandbytes NF4 with double quantization; for capacity and few slots.
-    int8    8 bits, bitsandbytes without outlier decomposition; for throughput on a GPU.
-    none    bfloat16 on a GPU, float32 on a CPU.
 Every bitsandbytes setting is written out: its defaults are FP4 with float32 arithmetic, and outlier
-decomposition, which waits for the device in every layer (0.50.2).
+decomposition, which waits for the device in every layer (0.50.2). Code that comes with a model is never run.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import difflib
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from codeherd_schema.errors import (
     DeviceUnavailable,
     InvalidSetting,
     ModelFilesInvalid,
     OutOfMemory,
+    PackageMissing,
 )
+from codeherd_worker.engine.checkpoint import (
+    check_context,
+    check_tensors,
+    check_values,
+    described_quantization,
+    find_folder,
+    hash_files,
+    quantization_fields,
+    read_config,
+    read_tensors,
+    require_packages,
+    stored_quantization,
+    weight_files,
+)
+from codeherd_worker.engine.faults import is_out_of_memory
+from codeherd_worker.engine.placement import device_map, spread_layers
+from codeherd_worker.engine.progress import LogProgress, Progress, counted
+from codeherd_worker.engine.quantization import (
+    AppliedQuantization,
+    Device,
+    ModelSize,
+    Quantization,
+    choose_quantization,
+)
+
+__all__ = [
+    "AppliedQuantization",
+    "Device",
+    "LoadedModel",
+    "Quantization",
+    "choose_quantization",
+    "count_parameters",
+    "is_out_of_memory",
+    "load_model",
+    "quantization_of",
+    "size_of",
+]
 
 logger = logging.getLogger(__name__)
 
-AppliedQuantization = Literal["nf4", "int8", "none"]
-Quantization = Literal["auto", "nf4", "int8", "none"]
-Device = Literal["cpu", "cuda", "cuda-group"]
-
-#: Bytes per parameter with all that belongs to it (engine notes, table of exact memory).
-_BYTES_PER_PARAMETER = {"nf4": 0.57, "int8": 1.06}
-#: Share of the device's memory that weights may take; the rest is the cache's.
-_WEIGHTS_SHARE = 0.5
-#: Parameters between 13B and 34B: above, fused NF4 kernels still pay at 16 slots on an H100.
-_BIG_MODEL = 20e9
-#: Most slots at which fused NF4 kernels beat int8, below and above `_BIG_MODEL`.
-_NF4_SLOTS, _NF4_SLOTS_BIG = 7, 16
-#: Parameters. Below, a CPU spends more on calling a 4-bit kernel than on the weights it saves
-#: (128 x 128 layer, 8 rows: 98 us as NF4, 7 us as float32).
-_CPU_NF4_FROM = 500e6
-#: Bytes. A weight file is hashed whole up to this size; of a bigger one, its header and its size.
-_HASH_WHOLE_UP_TO = 256 * 2**20
-_HUB_FILES = ["*.json", "*.safetensors", "*.model"]
+#: Weights that share two numbers in torchao-int4. 64 lost little: perplexity 12.84, bfloat16 12.21 (Llama 2
+#: 7B, torchao's README).
+_INT4_GROUP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +82,8 @@ class LoadedModel:
     model: LlamaForCausalLM
     #: The hub's commit, or a hash of the files.
     revision: str
-    quantization: AppliedQuantization
+    #: A name of `quantization.py`, or the format of files that are quantized already, such as `gptq`.
+    quantization: str
     #: Of activations, cache and what is not quantized.
     dtype: torch.dtype
     #: Where token ids go in and logits come out.
@@ -74,38 +93,66 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, quantization: Quantization, device: Device, slots: int, offline: bool = True
+    source: str,
+    *,
+    quantization: Quantization,
+    device: Device,
+    slots: int,
+    offline: bool = True,
+    memory_bytes: int | None = None,
+    context: int | None = None,
+    progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a Llama for generation.
 
     Args:
-        source: a folder, or a hub id such as `codellama/CodeLlama-7b-hf`.
-        quantization: "auto" chooses by size, slots and device; see `choose_quantization`.
+        source: a folder, or a hub id such as `codellama/CodeLlama-7b-hf`, with `@` and a branch, tag or
+            commit if it is pinned.
+        quantization: "auto" keeps what the files have, or chooses; see `choose_quantization`.
         device: "cuda" is one GPU, "cuda-group" spreads the layers over all visible ones.
         slots: sequences that will decode together.
         offline: look only at local files and the hub's local cache.
+        memory_bytes: of the device, or of all in the group; None asks the device.
+        context: tokens that a sequence may have, to be refused here rather than after loading.
+        progress: is told of the steps `check` and `load`; None writes log lines.
 
     Raises:
-        ModelFilesInvalid: something is missing, truncated or not a Llama.
-        InvalidSetting: the files are quantized already, and otherwise than asked.
+        ModelFilesInvalid: something is missing, truncated, not finite or not a Llama.
+        InvalidSetting: the files are quantized already, and otherwise than asked; no such quantization, or
+            not on this device; more context than the model has positions.
+        PackageMissing: the quantization needs one that is not installed.
         DeviceUnavailable: no such device here.
         OutOfMemory: the weights do not fit the device.
     """
+    started = time.monotonic()
     if offline:
         _forbid_downloads()
-    memory_bytes = _memory_bytes(device)
-    folder, commit = _find_folder(source, offline=offline)
-    config = _read_config(folder)
-    shapes = _read_shapes(folder)
-    _check_vocabulary(config, shapes)
-    stored = _stored_quantization(config)
-    applied = _apply(quantization, stored, count_parameters(config), slots, device, memory_bytes)
+    _check_name(quantization)
+    card_bytes = _card_bytes(device)
+    memory_bytes = memory_bytes or sum(card_bytes)
+    folder, commit = find_folder(source, offline=offline)
+    config = read_config(folder)
+    check_context(config, context)
+    stored = stored_quantization(config)
+    tensors = read_tensors(folder)
+    check_tensors(config, tensors, stored)
+    size = size_of(config)
+    applied = _apply(quantization, stored, size, slots, device, memory_bytes)
     dtype = _dtype(applied, device)
-    model = _from_pretrained(folder, config, stored, applied, dtype, device)
-    revision = commit or _hash_files(folder)
+    files_bytes = sum(path.stat().st_size for path in weight_files(folder))
+    is_packed = stored not in (None, "compressed-tensors")
+    weight_bytes = files_bytes if is_packed else size.weight_bytes(applied, dtype.itemsize)
+    _check_fit(weight_bytes, memory_bytes)
+    places = _places(device, size, weight_bytes, dtype, card_bytes)
+    progress = progress or LogProgress(files_bytes)
+    check_values(tensors, dtype, progress)
+    with counted(progress):
+        model = _from_pretrained(folder, config, stored, applied, dtype, places)
+    revision = commit or hash_files(folder)
     logger.info(
-        "model_loaded folder=%s revision=%s quantization=%s dtype=%s", folder, revision, applied, dtype
-    )
+        "model_loaded folder=%s revision=%s quantization=%s dtype=%s weight_bytes=%d load_s=%.1f",
+        folder, revision, applied, dtype, weight_bytes, time.monotonic() - started,
+    )  # fmt: skip
     return LoadedModel(
         model=model,
         revision=revision,
@@ -116,53 +163,29 @@ def load_model(
     )
 
 
-def choose_quantization(
-    parameters: int, slots: int, device: Device, memory_bytes: int
-) -> AppliedQuantization:
-    """Choose what `auto` means.
-
-    On a GPU: NF4 while bitsandbytes' fused kernels carry it, which is up to 7 slots, or 16 for 34B and
-    70B; with more slots int8 if it leaves half of the memory to the cache, else NF4. On a CPU: NF4 for
-    models of 0.5B parameters and more, where it saves most of the memory and, with AVX512-BF16, is no
-    slower at eight rows (2 to 3 times slower at one); "none" for small ones, which NF4 makes slower. The
-    border is a judgement between two measured layer sizes.
-
-    Args:
-        parameters: of the whole model.
-        slots: sequences that decode together.
-        device: the kind of device.
-        memory_bytes: of the device, or of all in the group.
-    """
-    if device == "cpu":
-        return "nf4" if parameters >= _CPU_NF4_FROM else "none"
-    fused_up_to = _NF4_SLOTS_BIG if parameters >= _BIG_MODEL else _NF4_SLOTS
-    int8_fits = parameters * _BYTES_PER_PARAMETER["int8"] <= memory_bytes * _WEIGHTS_SHARE
-    return "int8" if slots > fused_up_to and int8_fits else "nf4"
-
-
-def count_parameters(config: LlamaConfig) -> int:
-    """Return how many weights a Llama of this configuration has, norms and biases left out."""
+def size_of(config: LlamaConfig) -> ModelSize:
+    """Return what of a Llama of this configuration takes memory."""
     hidden = config.hidden_size
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     attention = 2 * hidden * head_size * (config.num_attention_heads + config.num_key_value_heads)
     layer = attention + 3 * hidden * config.intermediate_size
-    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return int(config.num_hidden_layers * layer + embeddings)
-
-
-def quantization_of(model: LlamaForCausalLM) -> AppliedQuantization:
-    """Return how a loaded model is quantized."""
-    if getattr(model, "is_loaded_in_4bit", False):
-        return "nf4"
-    return "int8" if getattr(model, "is_loaded_in_8bit", False) else "none"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the device's or the host's way to say that memory ran out."""
-    # torch has a class for accelerators only; its CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return ModelSize(
+        linear_weights=int(config.num_hidden_layers * layer),
+        kept_weights=int(config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)),
+        kv_bytes_per_token=int(2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_size),
+        layers=int(config.num_hidden_layers),
     )
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    """Return how many weights a Llama of this configuration has, norms and biases left out."""
+    return size_of(config).parameters
+
+
+def quantization_of(model: LlamaForCausalLM) -> str:
+    """Return how a loaded model is quantized, `none` in any dtype that is not."""
+    fields = quantization_fields(model.config)
+    return "none" if fields is None else described_quantization(fields) or str(fields.get("quant_method"))
 
 
 def _forbid_downloads() -> None:
@@ -173,153 +196,60 @@ def _forbid_downloads() -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def _memory_bytes(device: Device) -> int:
+def _check_name(quantization: str) -> None:
+    names = get_args(Quantization)
+    if quantization not in names:
+        near = difflib.get_close_matches(quantization, names, n=1)
+        raise InvalidSetting(
+            f"no quantization `{quantization}`",
+            hint=(f"did you mean `{near[0]}`? " if near else "") + f"there are {', '.join(names)}",
+        )
+
+
+def _card_bytes(device: Device) -> list[int]:
+    """Return the memory of each device that the model may use."""
     if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     if not torch.cuda.is_available():
         raise DeviceUnavailable(f"device is {device}, torch sees no GPU", hint="set the device to cpu")
     count = torch.cuda.device_count() if device == "cuda-group" else 1
-    return sum(torch.cuda.get_device_properties(index).total_memory for index in range(count))
-
-
-def _find_folder(source: str, *, offline: bool) -> tuple[Path, str | None]:
-    """Return the folder, and the commit if it is the hub's."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder, None
-    # A hub id is "name" or "owner/name"; anything else can only have been meant as a path.
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelFilesInvalid(f"no folder `{source}`", hint="give a model folder or a hub id")
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            source, allow_patterns=_HUB_FILES, local_files_only=offline
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as err:
-        where = "in the hub's local cache" if offline else "on the hub"
-        raise ModelFilesInvalid(
-            f"`{source}` is no folder, and no model {where}", hint="download the model, or give its folder"
-        ) from err
-    return Path(snapshot), Path(snapshot).name
-
-
-def _read_config(folder: Path) -> LlamaConfig:
-    fields = _read_json(folder / "config.json")
-    if fields.get("model_type") != "llama":
-        raise ModelFilesInvalid(
-            f"model_type in config.json is {fields.get('model_type')!r}, must be 'llama'",
-            hint="codeherd serves Code Llama and models of the same architecture",
-        )
-    try:
-        return LlamaConfig.from_dict(fields)
-    except Exception as err:  # its validators raise many kinds
-        raise ModelFilesInvalid(
-            f"config.json is not a Llama's: {type(err).__name__}", hint="download the file again"
-        ) from err
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise ModelFilesInvalid(
-            f"no {path.name} in `{path.parent}`", hint="give the folder that holds the model's files"
-        ) from err
-    except (OSError, ValueError) as err:
-        raise ModelFilesInvalid(f"{path.name} cannot be read", hint="download the file again") from err
-    if not isinstance(fields, dict):
-        raise ModelFilesInvalid(f"{path.name} holds no object", hint="download the file again")
-    return fields
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelFilesInvalid(f"{index.name} names no files", hint="download the file again")
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise ModelFilesInvalid(
-            f"no model.safetensors in `{folder}`",
-            hint="download the weights; other formats have to be converted to safetensors",
-        )
-    return [single]
-
-
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return each stored tensor's shape; opening a file checks its header against its size."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 - not a dict, cannot be iterated
-                    shapes[name] = tuple(weights.get_slice(name).get_shape())
-        except FileNotFoundError as err:
-            raise ModelFilesInvalid(
-                f"{path.name} is missing, the index names it", hint="download the file"
-            ) from err
-        except (SafetensorError, OSError) as err:
-            raise ModelFilesInvalid(
-                f"{path.name} is truncated or corrupt", hint="download the file again"
-            ) from err
-    return shapes
-
-
-def _check_vocabulary(config: LlamaConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        stored = shapes.get(name)
-        if stored is not None and stored[0] != config.vocab_size:
-            raise ModelFilesInvalid(
-                f"{name} has {stored[0]} rows, vocab_size in config.json is {config.vocab_size}",
-                hint="config.json and the weights are of different models",
-            )
-
-
-def _stored_quantization(config: LlamaConfig) -> AppliedQuantization | None:
-    """Return how the files are quantized, None if they are not."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return None
-    fields = stored if isinstance(stored, dict) else stored.to_dict()
-    if fields.get("quant_method") == "bitsandbytes":
-        if fields.get("load_in_8bit"):
-            return "int8"
-        if fields.get("load_in_4bit") and fields.get("bnb_4bit_quant_type") == "nf4":
-            return "nf4"
-    raise ModelFilesInvalid(
-        f"the files are quantized with {fields.get('quant_method')!r}, not with bitsandbytes nf4 or int8",
-        hint="give the unquantized model",
-    )
+    return [torch.cuda.get_device_properties(index).total_memory for index in range(count)]
 
 
 def _apply(
-    asked: Quantization,
-    stored: AppliedQuantization | None,
-    parameters: int,
-    slots: int,
-    device: Device,
-    memory_bytes: int,
-) -> AppliedQuantization:
+    asked: Quantization, stored: str | None, size: ModelSize, slots: int, device: Device, memory_bytes: int
+) -> str:
     if stored is not None:
         if asked not in ("auto", stored):
             raise InvalidSetting(
                 f"quantization is {asked}, the files are quantized as {stored}",
-                hint=f"set quantization to auto or {stored}, or give the unquantized model",
+                hint="set quantization to auto, or give the unquantized model",
             )
-        return stored
-    if asked == "auto":
-        return choose_quantization(parameters, slots, device, memory_bytes)
-    return asked
+        applied = stored
+    elif asked == "auto":
+        applied = choose_quantization(size, slots, device, memory_bytes)
+    else:
+        applied = asked
+    if applied.startswith("torchao"):
+        require_packages(applied, (("torchao", "torchao"),))
+    if applied == "torchao-int4" and device == "cpu":
+        raise InvalidSetting(
+            "torchao 0.18 has no kernels for torchao-int4 on a CPU", hint="use nf4 or torchao-int8"
+        )
+    return applied
 
 
-def _dtype(applied: AppliedQuantization, device: Device) -> torch.dtype:
-    if applied == "int8":
-        # The 8-bit kernels take float16; anything else is cast in every layer, with a log line each.
+def _dtype(applied: str, device: Device) -> torch.dtype:
+    if applied == "bf16":
+        return torch.bfloat16
+    # The 8-bit kernels of bitsandbytes take float16; anything else is cast in every layer, with a log line
+    # each. Those for GPTQ and AWQ were written for it.
+    if applied in ("fp16", "int8") or (applied in ("gptq", "awq") and device != "cpu"):
         return torch.float16
     if device != "cpu":
-        return torch.bfloat16
-    if applied == "none":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_native else torch.float16
+    if applied != "nf4":
         return torch.float32
     # Imported this late because importing it may download, see `_forbid_downloads`.
     from bitsandbytes.functional import has_avx512bf16
@@ -329,35 +259,71 @@ def _dtype(applied: AppliedQuantization, device: Device) -> torch.dtype:
     return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
+def _check_fit(weight_bytes: int, memory_bytes: int) -> None:
+    if weight_bytes > memory_bytes:
+        raise OutOfMemory(
+            f"the weights take {weight_bytes / 1e9:.1f} GB, the device has {memory_bytes / 1e9:.1f} GB",
+            hint="use a stronger quantization or a GPU group",
+        )
+
+
+def _places(
+    device: Device, size: ModelSize, weight_bytes: int, dtype: torch.dtype, card_bytes: list[int]
+) -> dict[str, int | str]:
+    """Return accelerate's map from modules to devices."""
+    if device == "cpu":
+        return {"": "cpu"}
+    if device == "cuda":
+        return {"": 0}
+    ends_bytes = size.kept_weights * dtype.itemsize
+    cards = spread_layers(
+        size.layers,
+        layer_bytes=(weight_bytes - ends_bytes) // size.layers,
+        ends_bytes=ends_bytes,
+        card_bytes=card_bytes,
+    )
+    return {**device_map(cards)}
+
+
 def _from_pretrained(
     folder: Path,
     config: LlamaConfig,
-    stored: AppliedQuantization | None,
-    applied: AppliedQuantization,
+    stored: str | None,
+    applied: str,
     dtype: torch.dtype,
-    device: Device,
+    places: dict[str, int | str],
 ) -> LlamaForCausalLM:
-    settings = _bitsandbytes_config(applied, dtype)
-    if stored is not None and settings is not None:
+    settings = None
+    if stored is None:
+        settings = _quantization_config(applied, dtype)
+    elif stored in ("nf4", "int8"):
         # What is stored decides the format; the arithmetic is ours, not that of whoever stored it.
-        fields = config.quantization_config
-        fields = dict(fields if isinstance(fields, dict) else fields.to_dict())
-        fields["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-        fields["llm_int8_threshold"] = settings.llm_int8_threshold
-        config.quantization_config = fields
-        settings = None
+        config.quantization_config = (quantization_fields(config) or {}) | {
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "llm_int8_threshold": 0.0,
+        }
+    elif stored == "compressed-tensors":
+        # transformers unpacks these weights before it computes in any case, by default in the model's first
+        # pass; our engine calls the layers themselves.
+        config.quantization_config = (quantization_fields(config) or {}) | {"dequantize": True}
     try:
         model, report = LlamaForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             quantization_config=settings,
-            device_map={"cpu": {"": "cpu"}, "cuda": {"": 0}, "cuda-group": "auto"}[device],
+            device_map=places,
             attn_implementation="sdpa",
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
         )
+    except ImportError as err:
+        # Of the package that reads the format, or of one that it needs in turn.
+        raise PackageMissing(
+            f"quantization {applied} needs a package that is missing or too old: {str(err).splitlines()[0]}",
+            hint=f"pip install {err.name}" if err.name else "install what the message names",
+        ) from err
     except Exception as err:
         if is_out_of_memory(err):
             raise OutOfMemory(
@@ -371,36 +337,33 @@ def _from_pretrained(
         raise ModelFilesInvalid(
             f"{len(missing)} weights are missing, the first is {missing[0]}", hint="download the model again"
         )
-    places = set(getattr(model, "hf_device_map", {}).values())
-    if device != "cpu" and places & {"cpu", "disk"}:
-        raise OutOfMemory("the weights do not fit the GPUs", hint="use a stronger quantization or more GPUs")
     return model.eval().requires_grad_(False)
 
 
-def _bitsandbytes_config(applied: AppliedQuantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if applied == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    if applied == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    return None
+def _quantization_config(applied: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig | None:
+    match applied:
+        case "nf4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        case "int8":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        case "torchao-int8" | "torchao-int4":
+            return TorchAoConfig(_torchao_config(applied))
+        case _:
+            return None
 
 
-def _hash_files(folder: Path) -> str:
-    """Return a hash of what decides the model's answers: configuration, tokenizer, weights."""
-    digest = hashlib.sha256()
-    for path in sorted(p for pattern in _HUB_FILES for p in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            # A safetensors file begins with its header's length in 8 bytes, little-endian.
-            whole = size <= _HASH_WHOLE_UP_TO
-            rest = size if whole else 8 + int.from_bytes(file.peek(8)[:8], "little")
-            while rest and (block := file.read(min(rest, 2**20))):
-                digest.update(block)
-                rest -= len(block)
-    return digest.hexdigest()
+def _torchao_config(applied: str) -> Any:
+    # Imported this late because it is an optional package. The inductor settings are this process's to set.
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if applied == "torchao-int8":
+        return Int8WeightOnlyConfig(set_inductor_config=False)
+    # The format of torch's own kernel; the other ones need further packages.
+    return Int4WeightOnlyConfig(
+        group_size=_INT4_GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+    )

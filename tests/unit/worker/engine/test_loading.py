@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,19 @@ from codeherd_schema.errors import (
     InvalidSetting,
     ModelFilesInvalid,
     OutOfMemory,
+    PackageMissing,
 )
-from codeherd_worker.engine import loading
+from codeherd_worker.engine import checkpoint
 from codeherd_worker.engine.loading import (
-    AppliedQuantization,
     Device,
+    LoadedModel,
     Quantization,
-    choose_quantization,
     count_parameters,
-    is_out_of_memory,
     load_model,
     quantization_of,
 )
+from codeherd_worker.engine.progress import LogProgress
 from tests.unit.worker.engine.tiny_llama import tiny_config, tiny_llama
-
-GIB = 2**30
-SIZES = {"7B": 6_738_546_688, "13B": 13_015_866_880, "34B": 33_743_970_304, "70B": 68_976_653_312}
 
 
 @pytest.fixture
@@ -41,43 +39,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(
-    folder: Path | str, quantization: Quantization = "none", device: Device = "cpu"
-) -> loading.LoadedModel:
-    return load_model(str(folder), quantization=quantization, device=device, slots=4)
+    folder: Path | str, quantization: Quantization = "none", device: Device = "cpu", **options: Any
+) -> LoadedModel:
+    return load_model(str(folder), quantization=quantization, device=device, slots=4, **options)
 
 
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize(
-    ("size", "slots", "device", "memory_gib", "expected"),
-    [
-        ("7B", 1, "cuda", 80, "nf4"),
-        ("7B", 7, "cuda", 80, "nf4"),
-        ("7B", 8, "cuda", 80, "int8"),
-        ("7B", 8, "cuda", 12, "nf4"),
-        ("13B", 4, "cuda", 80, "nf4"),
-        ("13B", 32, "cuda", 80, "int8"),
-        ("13B", 8, "cuda", 24, "nf4"),
-        ("34B", 16, "cuda", 80, "nf4"),
-        ("34B", 32, "cuda", 80, "int8"),
-        ("34B", 32, "cuda", 48, "nf4"),
-        ("70B", 8, "cuda", 80, "nf4"),
-        ("70B", 32, "cuda", 80, "nf4"),
-        ("70B", 32, "cuda-group", 160, "int8"),
-        ("7B", 4, "cpu", 64, "nf4"),
-    ],
-)
-def test_auto_follows_size_slots_and_memory(
-    size: str, slots: int, device: Device, memory_gib: int, expected: AppliedQuantization
-) -> None:
-    assert choose_quantization(SIZES[size], slots, device, memory_gib * GIB) == expected
-
-
-def test_a_small_model_stays_as_it_is_on_a_cpu() -> None:
-    assert choose_quantization(50_000_000, 4, "cpu", 8 * GIB) == "none"
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"head_dim": 32}])
@@ -95,6 +64,9 @@ def test_parameters_are_counted_from_the_configuration(changes: dict[str, Any]) 
         ("auto", "none", {torch.float32}),
         ("nf4", "nf4", {torch.float32, torch.bfloat16}),
         ("int8", "int8", {torch.float16}),
+        ("bf16", "none", {torch.bfloat16}),
+        ("fp16", "none", {torch.float16}),
+        ("torchao-int8", "torchao-int8", {torch.float32}),
     ],
 )
 def test_a_folder_loads_as_asked(
@@ -102,12 +74,39 @@ def test_a_folder_loads_as_asked(
 ) -> None:
     loaded = load(folder, quantization)
 
-    assert loaded.quantization == quantization_of(loaded.model) == applied
+    assert loaded.quantization == (applied if quantization == "auto" else quantization)
+    assert quantization_of(loaded.model) == applied
     assert loaded.dtype in dtypes
     assert loaded.model.lm_head.weight.dtype == loaded.dtype
     assert (loaded.device.type, loaded.folder) == ("cpu", folder)
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("quantization", ["none", "bf16", "nf4", "int8", "torchao-int8"])
+def test_every_linear_module_can_be_called_alone(folder: Path, quantization: Quantization) -> None:
+    loaded = load(folder, quantization)
+    plain = tiny_llama()
+
+    for (name, module), reference in zip(_linears(loaded.model), _linears(plain), strict=True):
+        vector = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(1))
+        output = module(vector.to(loaded.dtype))
+        assert output.dtype == loaded.dtype, name
+        error = (output.float() - reference[1](vector)).norm() / reference[1](vector).norm()
+        assert error < (0.15 if quantization == "nf4" else 0.03), name
+
+
+def _linears(model: LlamaForCausalLM) -> list[tuple[str, torch.nn.Linear]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+
+
+def test_a_model_in_several_files_loads(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+
+    ids = torch.tensor([[5, 6, 7]])
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(load(tmp_path).model(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("changes", [{"head_dim": 32}, {"tie_word_embeddings": True}])
@@ -121,17 +120,18 @@ def test_unusual_configurations_load(tmp_path: Path, changes: dict[str, Any]) ->
     assert torch.equal(loaded.model(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao-int8"])
 def test_a_quantized_folder_loads_without_being_asked(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, quantization: Quantization
 ) -> None:
     first = load(folder, quantization)
     stored = tmp_path_factory.mktemp("quantized")
     first.model.save_pretrained(stored)
-    # What bitsandbytes writes when nobody chose: arithmetic in float32.
-    config = json.loads((stored / "config.json").read_text())
-    fields = config["quantization_config"] | {"bnb_4bit_compute_dtype": "float32"}
-    change_config(stored, quantization_config=fields)
+    if quantization != "torchao-int8":
+        # What bitsandbytes writes when nobody chose: arithmetic in float32.
+        config = json.loads((stored / "config.json").read_text())
+        fields = config["quantization_config"] | {"bnb_4bit_compute_dtype": "float32"}
+        change_config(stored, quantization_config=fields)
 
     second = load(stored, "auto")
 
@@ -166,7 +166,7 @@ def test_the_revision_names_the_files(folder: Path) -> None:
 
 def test_a_big_file_is_named_by_header_and_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(folder).revision
-    monkeypatch.setattr(loading, "_HASH_WHOLE_UP_TO", 1)
+    monkeypatch.setattr(checkpoint, "_HASH_WHOLE_UP_TO", 1)
 
     assert load(folder).revision == load(folder).revision != whole
 
@@ -183,14 +183,21 @@ def test_the_hub_cache_gives_its_commit(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", find)
 
-    loaded = load("owner/some-llama")
+    loaded, pinned = load("owner/some-llama"), load("owner/some-llama@v1.0")
 
     assert (loaded.revision, loaded.folder) == (commit, snapshot)
-    assert asked[0]["source"] == "owner/some-llama"
-    assert asked[0]["local_files_only"]
+    assert pinned.revision == commit
+    assert [(find["source"], find["revision"]) for find in asked] == [
+        ("owner/some-llama", None),
+        ("owner/some-llama", "v1.0"),
+    ]
+    assert all(find["local_files_only"] for find in asked)
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "owner/no-such-model", "a b/c"])
+MISSING = ["/no/such/folder", "./nowhere", "owner/no-such-model", "owner/no-such-model@v1", "a b/c"]
+
+
+@pytest.mark.parametrize("source", MISSING)
 def test_a_missing_model_is_one_clear_sentence(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +258,35 @@ def lose_a_tensor(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def lose_the_norms(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "norm" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors") | {name: tensor}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def narrow_a_norm(folder: Path) -> None:
+    change_tensor(folder, "model.layers.0.input_layernorm.weight", torch.ones(63))
+
+
+def add_a_bias(folder: Path) -> None:
+    change_tensor(folder, "model.layers.0.self_attn.q_proj.bias", torch.ones(64))
+
+
+def vary_the_rope_table(folder: Path) -> None:
+    change_config(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+
+def choose_rope_by_length(folder: Path) -> None:
+    factors = [1.0] * 8
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": factors, "short_factor": factors}
+    change_config(folder, rope_parameters=rope | {"original_max_position_embeddings": 512})
+
+
 def lose_a_shard(folder: Path) -> None:
     index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -261,7 +297,11 @@ def empty_index(folder: Path) -> None:
 
 
 def quantize_otherwise(folder: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    change_config(folder, quantization_config={"quant_method": "aqlm"})
+
+
+def quantize_as_fp4(folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
 @pytest.mark.parametrize(
@@ -273,14 +313,20 @@ def quantize_otherwise(folder: Path) -> None:
         (make_another_architecture, "model_type in config.json is 'gpt2'"),
         (make_heads_impossible, "config.json"),
         (widen_vocabulary, "has 320 rows, vocab_size in config.json is 321"),
-        (widen_layers, "the weights do not fit config.json"),
+        (widen_layers, "model.layers.0.mlp.gate_proj.weight is (128, 64), must be (256, 64)"),
+        (narrow_a_norm, "model.layers.0.input_layernorm.weight is (63,), must be (64,)"),
+        (add_a_bias, "1 weights belong to no part of a Llama, the first is model.layers.0.self_attn.q_proj"),
+        (vary_the_rope_table, "rope_type in config.json is 'dynamic'"),
+        (choose_rope_by_length, "rope_type in config.json is 'longrope'"),
         (remove_weights, "no model.safetensors"),
         (truncate_weights, "model.safetensors is truncated or corrupt"),
         (empty_weights, "model.safetensors is truncated or corrupt"),
         (lose_a_tensor, "1 weights are missing, the first is model.layers.1.mlp.up_proj.weight"),
+        (lose_the_norms, "5 weights are missing, the first is model.layers.0.input_layernorm.weight"),
         (lose_a_shard, "model-00002-of-00002.safetensors is missing"),
         (empty_index, "names no files"),
-        (quantize_otherwise, "quantized with 'gptq'"),
+        (quantize_otherwise, "quantized with 'aqlm'"),
+        (quantize_as_fp4, "quantized with 'bitsandbytes'"),
     ],
 )
 def test_damaged_files_are_one_clear_sentence(folder: Path, damage: Any, sentence: str) -> None:
@@ -292,6 +338,190 @@ def test_damaged_files_are_one_clear_sentence(folder: Path, damage: Any, sentenc
     assert sentence in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_is_found_before_it_is_quantized(
+    folder: Path, quantization: Quantization, bad: float
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = load_file(folder / "model.safetensors")[name].to(torch.bfloat16)
+    weight[3, 5] = bad
+    change_tensor(folder, name, weight)
+
+    with pytest.raises(ModelFilesInvalid, match=f"{name} in model.safetensors holds NaN or Inf"):
+        load(folder, quantization)
+
+
+def test_a_scale_that_is_no_number_is_found_in_quantized_files(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    stored = tmp_path_factory.mktemp("quantized")
+    load(folder, "int8").model.save_pretrained(stored)
+    name = "model.layers.0.self_attn.q_proj.SCB"
+    change_tensor(stored, name, torch.full_like(load_file(stored / "model.safetensors")[name], torch.nan))
+
+    with pytest.raises(ModelFilesInvalid, match=f"{name} in model.safetensors holds NaN or Inf"):
+        load(stored, "auto")
+
+
+def test_a_number_that_float16_cannot_hold_is_refused_for_it_alone(folder: Path) -> None:
+    name = "model.norm.weight"
+    change_tensor(folder, name, torch.full((64,), 1e5))
+
+    with pytest.raises(ModelFilesInvalid, match=f"{name} in .* holds numbers too large for float16"):
+        load(folder, "int8")
+    assert load(folder, "none").quantization == "none"
+
+
+def test_a_stored_rope_table_is_computed_all_the_same(folder: Path) -> None:
+    change_tensor(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(8))
+
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(load(folder).model(ids).logits, tiny_llama()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "packages"),
+    [
+        ("gptq", {"bits": 4, "group_size": 128}, "gptqmodel optimum"),
+        ("awq", {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}, "gptqmodel"),
+        ("compressed-tensors", {"format": "pack-quantized", "config_groups": {}}, "compressed-tensors"),
+    ],
+)
+def test_a_quantized_format_names_the_package_that_reads_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, fields: dict[str, Any], packages: str
+) -> None:
+    for module in ("gptqmodel", "optimum", "compressed_tensors"):
+        monkeypatch.setitem(sys.modules, module, None)
+    change_config(folder, quantization_config={"quant_method": method, **fields})
+
+    with pytest.raises(PackageMissing, match=f"quantization {method} needs the package") as caught:
+        load(folder, "auto")
+
+    assert caught.value.hint == f"pip install {packages}"
+
+
+def test_a_package_that_lacks_another_is_named_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def need_more(*_args: Any, **_kwargs: Any) -> None:
+        raise ModuleNotFoundError("No module named 'loguru'", name="loguru")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", need_more)
+
+    with pytest.raises(PackageMissing, match="missing or too old: No module named 'loguru'") as caught:
+        load(folder)
+
+    assert caught.value.hint == "pip install loguru"
+
+
+def test_packed_weights_of_compressed_tensors_are_unpacked_before_anyone_calls_them(folder: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    plain = load_file(folder / "model.safetensors")
+    packed = dict(plain)
+    for name, weight in plain.items():
+        if name.endswith("proj.weight"):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            packed[name], packed[f"{name}_scale"] = (weight / scale).round().to(torch.int8), scale
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    group = {"targets": ["Linear"], "format": "int-quantized", "weights": weights}
+    change_config(
+        folder,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": group},
+        },
+    )
+
+    loaded = load(folder, "auto")
+
+    assert loaded.quantization == "compressed-tensors"
+    for name, module in _linears(loaded.model):
+        assert torch.allclose(module.weight, plain[f"{name}.weight"], atol=0.01)
+
+
+@pytest.mark.parametrize("quantization", ["torchao-int8", "torchao-int4"])
+def test_torchao_is_named_where_it_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: Quantization
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+
+    with pytest.raises(PackageMissing, match="torchao") as caught:
+        load(folder, quantization)
+
+    assert caught.value.hint == "pip install torchao"
+
+
+def test_four_bits_of_torchao_are_refused_on_a_cpu(folder: Path) -> None:
+    with pytest.raises(InvalidSetting, match="no kernels for torchao-int4 on a CPU") as caught:
+        load(folder, "torchao-int4")
+
+    assert caught.value.hint
+
+
+def test_an_unknown_quantization_is_refused_with_the_nearest_one(folder: Path) -> None:
+    with pytest.raises(InvalidSetting, match="no quantization `nf-4`") as caught:
+        load(folder, "nf-4")  # type: ignore[arg-type]
+
+    assert "did you mean `nf4`?" in (caught.value.hint or "")
+
+
+def test_more_context_than_positions_is_refused_before_loading(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+    with pytest.raises(InvalidSetting, match="1025 tokens per sequence are asked for, the model has 1024"):
+        load(folder, context=1025)
+
+
+def test_weights_that_cannot_fit_are_refused_before_loading(folder: Path) -> None:
+    with pytest.raises(OutOfMemory, match=r"the weights take 0\.0 GB, the device has 0\.0 GB"):
+        load(folder, memory_bytes=1000)
+
+
+def test_progress_is_told_step_by_step(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[str, float]] = []
+    capfd.readouterr()
+
+    load(folder, progress=lambda step, share: told.append((step, share)))
+
+    shares = {step: [share for s, share in told if s == step] for step in ("check", "load")}
+    assert [step for step, share in told if share == 1] == ["check", "load"]
+    assert all(part == sorted(part) and len(part) == 21 for part in shares.values())
+    # transformers draws no bar of its own.
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_without_a_terminal_logs_how_far_it_is(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        load(folder)
+
+    size = (folder / "model.safetensors").stat().st_size
+    lines = [record.getMessage() for record in caplog.records]
+    assert f"model_progress step=check percent=100 bytes={size} total_bytes={size}" in lines
+    assert f"model_progress step=load percent=100 bytes={size} total_bytes={size}" in lines
+    assert any(line.startswith("model_loaded ") and "load_s=" in line for line in lines)
+
+
+def test_a_slow_step_is_logged_every_few_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    progress = LogProgress(1000, clock=lambda: now)
+
+    with caplog.at_level("INFO"):
+        for percent in range(1, 51):
+            now += 0.25
+            progress("load", percent / 100)
+
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == [
+        "model_progress step=load percent=20 bytes=200 total_bytes=1000",
+        "model_progress step=load percent=40 bytes=400 total_bytes=1000",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -319,12 +549,3 @@ def test_loading_forbids_downloads(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-
-
-def test_both_allocators_can_say_that_memory_ran_out() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError())
-    assert is_out_of_memory(MemoryError())
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60)
-    assert is_out_of_memory(caught.value)
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -1,0 +1,231 @@
+"""Run a model over the slots of a cache: prefill passes and decode steps, of sound shapes only.
+
+Owns: the cache, and the shapes of every forward pass. Does not know which slots are in use, what their
+tokens mean, or how a token is chosen (`decode.py`); what may run together is its caller's business.
+
+What a row computes must not depend on its neighbours, so only shapes are used whose rows round alike:
+    prefill   granules of a fixed number of tokens, each attended by itself; a pass has one of
+              `pass_lengths` tokens, of one prompt or of several.
+    decode    one of `row_counts` rows, one token each, or a token and its drafts; idle rows compute a token
+              that nobody reads.
+    reads     a slot is attended up to one of its class's `kv_lengths`, which the longest neighbour decides.
+`rounding.py` finds out which matrix products round alike on this device, `probes.py` tries the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import LlamaForCausalLM
+
+from codeherd_worker.engine import rounding
+from codeherd_worker.engine.attention import DecodeAttention, PrefillAttention, Run
+from codeherd_worker.engine.cache import SlotCache
+from codeherd_worker.engine.forward import LlamaForward
+from codeherd_worker.engine.graphs import StepGraphs
+from codeherd_worker.engine.layouts import KV_BLOCK, Piece, StepLayout, kv_lengths, lay_out_pass
+from codeherd_worker.engine.slot_classes import SlotClass
+
+#: Tokens. A granule is the first of these whose bits do not depend on its place in a pass.
+GRANULES = (32, 64, 128)
+
+
+class Passes:
+    """The forward passes of one model over one cache.
+
+    Attributes:
+        device: where token ids go in and logits come out.
+        cache: keys and values of all slots.
+        granule: tokens that are prefilled, and reused, as one.
+        pass_lengths: tokens that a prefill pass may have, ascending.
+        row_counts: rows that a decode step may have, ascending.
+        kv_lengths: per class, how far its slots may be read, ascending.
+        drafts_are_optional: whether a token has the same bits with drafts beside it and without.
+        graphs: the captured decode steps.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        *,
+        classes: Sequence[SlotClass],
+        prefill_chunk: int,
+        draft_tokens: int,
+    ) -> None:
+        """Allocate the cache, and find the shapes of matrix products that round alike.
+
+        Args:
+            model: in eval mode, on its device or devices.
+            classes: how many slots of which length, shortest first.
+            prefill_chunk: tokens per prefill pass at most; rounded up to whole granules.
+            draft_tokens: drafts per step and slot at most.
+        """
+        positions = classes[-1].length + draft_tokens + KV_BLOCK
+        self._forward = forward = LlamaForward(model, positions=positions)
+        self.device = forward.device
+        self.draft_tokens = draft_tokens
+        self.linears = forward.linears
+        slots = sum(part.slots for part in classes)
+        #: Rows of the widest step: the slots and, where that makes all rows round alike, a few idle ones.
+        self.rows = rounding.even_rows(self.linears, slots)
+        self.prefill_chunk = -(-prefill_chunk // GRANULES[0]) * GRANULES[0]
+        fitting = [size for size in GRANULES if self.prefill_chunk % size == 0]
+        self.granule, self.pass_lengths = rounding.pass_lengths(self.linears, self.prefill_chunk, fitting)
+        # On a GPU one row costs what many do, and a captured graph has one shape.
+        counts = range(1, self.rows + 1) if self.device.type == "cpu" else [self.rows]
+        self.row_counts = tuple(rounding.agreeing_rows(self.linears, self.rows, counts))
+        if self.rows not in self.row_counts:
+            self.row_counts = (self.rows,)
+        idle = SlotClass(classes[0].length, classes[0].slots + self.rows - slots)
+        self.cache = SlotCache(
+            [idle, *classes[1:]],
+            key_heads=forward.key_heads,
+            head_size=forward.head_size,
+            dtype=forward.dtype,
+            layer_devices=forward.layer_devices,
+        )
+        self.kv_lengths = tuple(kv_lengths(room.readable_len, self.device) for room in self.cache.rooms)
+        self.drafts_are_optional = True
+        self.graphs = StepGraphs(self.device)
+        self._group = forward.heads // forward.key_heads
+        self._scale = forward.head_size**-0.5
+
+    def row_count(self, rows: int) -> int:
+        """Return how many rows a step has that needs so many."""
+        return next(count for count in self.row_counts if count >= rows)
+
+    def kv_len_for(self, tokens: int, slot: int) -> int:
+        """Return how far a slot is read whose first `tokens` are attended."""
+        lengths = self.kv_lengths[self.room_number(slot)]
+        return next((length for length in lengths if length >= tokens), lengths[-1])
+
+    def room_number(self, slot: int) -> int:
+        """Return the number of a slot's class."""
+        return self.cache.rooms.index(self.cache.room_of(slot))
+
+    def prefill(
+        self, pieces: Sequence[Piece], kv_len: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute keys and values of parts of prompts, in one pass.
+
+        Args:
+            pieces: of different slots; padded to whole granules, they fill at most a chunk.
+            kv_len: how far every slot is read; None: as far as it must be.
+
+        Returns:
+            The logits after each piece that ends, (B, V), and the (B,) slots they belong to; B is one of
+            `row_counts`, the last rows repeat the first. If none ends, those of some token.
+        """
+        layout = lay_out_pass(
+            pieces,
+            self.cache,
+            granule=self.granule,
+            pass_lengths=self.pass_lengths,
+            kv_len_for=self.kv_len_for if kv_len is None else lambda _tokens, _slot: kv_len,
+        )
+        positions = torch.tensor(layout.positions, device=self.device)
+        written = torch.tensor(layout.written, device=self.device)
+        attention = PrefillAttention(
+            self.cache,
+            destination=self.cache.destinations(
+                written[:, None], torch.tensor(layout.slots, device=self.device)
+            ),
+            positions=positions,
+            stretches=layout.stretches,
+            granule=self.granule,
+            group=self._group,
+            scale=self._scale,
+        )
+        ending = [piece.slot for piece in pieces if piece.ends] or [pieces[0].slot]
+        last = layout.last or [0]
+        # The head multiplies as many rows as a decode step has: then it rounds as one.
+        missing = self.row_count(len(ending)) - len(ending)
+        wanted = torch.tensor([*last, *[last[0]] * missing], device=self.device)
+        token_ids = torch.tensor(layout.token_ids, device=self.device)
+        logits = self._forward(token_ids, positions, attention, wanted)
+        return logits, torch.tensor([*ending, *[ending[0]] * missing], device=self.device)
+
+    def step(
+        self,
+        layout: StepLayout,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        written: torch.Tensor,
+        *,
+        ends: Mapping[int, int],
+    ) -> torch.Tensor:
+        """Compute one token, or a token and its drafts, in every row.
+
+        Args:
+            layout: the B rows.
+            token_ids: (B, S) int64.
+            positions: (B, S) int64, each token's place in its sequence.
+            written: (B, S) int64, where in the slot it goes.
+            ends: of live slots, how many tokens are attended.
+
+        Returns:
+            The logits after each token, (B * S, V); overwritten by the next step.
+        """
+        return self.run(layout, token_ids, positions, written, self._reads(layout, ends))
+
+    def run(
+        self,
+        layout: StepLayout,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        written: torch.Tensor,
+        reads: Sequence[int],
+    ) -> torch.Tensor:
+        """Do what `step` does, reading each run of slots as far as `reads` says."""
+        shape = (token_ids.shape, tuple(reads))
+        if shape in self.graphs:
+            return self.graphs.replay(shape, (token_ids, positions, written))
+        return self._compute(layout, reads, token_ids, positions, written)
+
+    def capture(self, layout: StepLayout, width: int, reads: Sequence[int]) -> None:
+        """Record the step of this shape; it writes where only idle rows do."""
+        spares = layout.spares[:, None].expand(-1, width).contiguous()
+        zeros = torch.zeros_like(spares)
+
+        def step(ids: torch.Tensor, positions: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+            return self._compute(layout, reads, ids, positions, written)
+
+        self.graphs.capture((zeros.shape, tuple(reads)), step, (zeros, zeros, spares))
+
+    def reads_of(self, layout: StepLayout, tokens: int) -> list[int]:
+        """Return how far each run is read if all of them have so many tokens."""
+        return [self.kv_len_for(tokens, start) for start, _ in layout.runs]
+
+    def _reads(self, layout: StepLayout, ends: Mapping[int, int]) -> list[int]:
+        """Say how far each run of slots is read: its longest live slot decides."""
+        if self.graphs.captures:
+            # One measure for all classes: else every combination would be a graph of its own.
+            return self.reads_of(layout, max(ends.values(), default=1))
+        reads, row = [], 0
+        for start, count in layout.runs:
+            slots = layout.slots[row : row + count]
+            row += count
+            longest = max((ends[slot] for slot in slots if slot >= 0), default=1)
+            reads.append(self.kv_len_for(longest, start))
+        return reads
+
+    def _compute(
+        self,
+        layout: StepLayout,
+        reads: Sequence[int],
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        written: torch.Tensor,
+    ) -> torch.Tensor:
+        attention = DecodeAttention(
+            self.cache,
+            destination=self.cache.destinations(written, layout.rows),
+            positions=positions,
+            runs=[Run(*run, kv_len) for run, kv_len in zip(layout.runs, reads, strict=True)],
+            group=self._group,
+            # Of one height whether drafts are tried or not, so that they change no bits.
+            rows=self._group * (1 + self.draft_tokens),
+            scale=self._scale,
+        )
+        return self._forward(token_ids.flatten(), positions.flatten(), attention)
