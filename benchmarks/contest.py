@@ -176,9 +176,9 @@ class Contender:
         if answer is None:
             return
         record = RoundRecord.from_json(answer)
-        counts = [len(job.token_ids) for job in record.jobs]
-        if counts != [job.new_tokens for job in share.jobs]:
-            self._fail(f"generated {sum(counts)} tokens instead of {share.new_tokens}, or not job by job")
+        fault = fault_in(record, share)
+        if fault is not None:
+            self._fail(fault)
             return
         self.outcome.asked.append(share)
         self.outcome.rounds.append(record)
@@ -203,6 +203,16 @@ class Contender:
         # A figure of a system that failed later on is no figure.
         self.outcome.rounds.clear()
         self._process.kill()
+
+
+def fault_in(record: RoundRecord, asked: Workload) -> str | None:
+    """Return what is wrong with a round: every job must have exactly the tokens that were asked for."""
+    if len(record.jobs) != len(asked.jobs):
+        return f"{len(record.jobs)} of {len(asked.jobs)} jobs came back"
+    for number, (done, job) in enumerate(zip(record.jobs, asked.jobs, strict=True)):
+        if len(done.token_ids) != job.new_tokens:
+            return f"job {number} has {len(done.token_ids)} new tokens, {job.new_tokens} were asked for"
+    return None
 
 
 def environment(*, uses_torch: bool) -> dict[str, str]:

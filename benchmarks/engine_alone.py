@@ -20,10 +20,11 @@ from benchmarks.systems.codeherd import engine_settings
 from codeherd_schema.models import TINY
 from codeherd_schema.requests import Request, parse_request
 from codeherd_worker.engine.detokenize import Detokenizer
-from codeherd_worker.engine.engine import Engine, SequenceOutcome, SequenceRequest
+from codeherd_worker.engine.engine import Engine
 from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.prompts import build_prompt
 from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from codeherd_worker.engine.vocabulary import Vocabulary
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from benchmarks.protocol import SLOTS
 from benchmarks.records import JobRecord
 from benchmarks.workloads import Arrival, Job, Workload
-from codeherd_worker.engine.engine import Engine, EngineSettings, SequenceOutcome, SequenceRequest
+from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 
 
@@ -57,8 +58,6 @@ class System:
 
 def engine_settings(*, max_len: int, reuse_prefixes: bool, draft_tokens: int) -> EngineSettings:
     """Return the engine's settings for a CPU with 16 slots."""
-    if not hasattr(EngineSettings, "uniform"):
-        return EngineSettings(slots=SLOTS, max_len=max_len)
     return EngineSettings.uniform(
         slots=SLOTS,
         max_len=max_len,

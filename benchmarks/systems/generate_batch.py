@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from benchmarks.records import JobRecord
 from benchmarks.systems.checkpoint import load_float32
 from benchmarks.workloads import Arrival, Job, Workload
 
-_PAGE = int(os.environ.get("PAGE", "256"))
-_BATCH = int(os.environ.get("BATCH", "8192"))
+#: Tokens of a page of its cache, its own default.
+_PAGE = 256
+#: Most tokens of one pass, its own default.
+_PASS = 8192
 #: Seconds for one answer.
 _PATIENCE_S = 600.0
 
@@ -35,9 +36,9 @@ class System:
         pages = math.ceil((longest + 1) / _PAGE)
         settings = ContinuousBatchingConfig(
             page_size=_PAGE,
-            num_blocks=int(os.environ.get("REQ", SLOTS)) * pages,
-            max_requests_per_batch=int(os.environ.get("REQ", SLOTS)),
-            max_batch_tokens=_BATCH,
+            num_blocks=SLOTS * pages,
+            max_requests_per_batch=SLOTS,
+            max_batch_tokens=_PASS,
         )
         self._manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1), settings

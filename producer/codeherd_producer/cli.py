@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "flower": ("stack:flower", "Run the monitor for workers and tasks"),
     "db": ("database:db", "Create or upgrade the database schema"),
     "doctor": ("doctor:doctor", "Check every part that a job needs"),
+    "inspect": ("inspection:inspect", "Show what workers do right now"),
     "config": ("configuration:config", "Show the settings in force"),
     "completion": ("completion:completion", "Print the script that completes commands in a shell"),
 }

@@ -169,6 +169,8 @@ def _answer(
         source, quantization=setting, device=device, slots=slots, offline=True, progress=progress
     )
     load_s = time.monotonic() - started
+    # Before the first pass: on some CPUs it packs NF4 weights anew.
+    total_bytes = sum(weight_bytes(loaded.model).values())
     with torch.inference_mode():
         nats, choices = _read(loaded.model, windows, loaded.device, progress)
         if not math.isfinite(nats):
@@ -180,7 +182,7 @@ def _answer(
     measured = Measured(
         quantization=loaded.quantization,
         dtype=str(loaded.dtype).removeprefix("torch."),
-        weight_bytes=sum(weight_bytes(loaded.model).values()),
+        weight_bytes=total_bytes,
         load_s=load_s,
         nats_per_token=nats,
     )

@@ -27,9 +27,7 @@ _FEW_ROWS_FORMATS: Final = frozenset({"nf4", "torchao-int4"})
 _DENSE_FORMATS: Final = frozenset({"none", "bf16", "fp16", "int8", "torchao-int8"})
 
 
-def choose_draft_tokens(
-    asked: str, *, device: Device, quantization: str, parameters: int, slots: int
-) -> int:
+def choose_draft_tokens(asked: str, *, device: Device, quantization: str, parameters: int, slots: int) -> int:
     """Return the drafts per step and slot.
 
     Args:

@@ -111,7 +111,7 @@ def weight_bytes(model: nn.Module) -> dict[torch.device, int]:
 
 def packed_bytes(model: nn.Module) -> int:
     """Return the bytes of the second copy that a CPU's engine makes of dense weights (`engine.linears`)."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
     return sum(
         module.weight.nbytes
@@ -141,9 +141,9 @@ def lighter_weights(model: LlamaForCausalLM) -> dict[str, int]:
     return {name: size.weight_bytes(name) for name in _LIGHTER}
 
 
-def held_bytes(devices: Iterable[torch.device]) -> tuple[int, int]:
+def held_bytes(devices: Iterable[str]) -> tuple[int, int]:
     """Return what this process holds of its devices' memory now, and what it held at most."""
-    cards = [device for device in devices if device.type == "cuda"]
+    cards = [device for device in devices if device != "cpu"]
     if cards:
         now = sum(torch.cuda.memory_reserved(card) for card in cards)
         return now, sum(torch.cuda.max_memory_reserved(card) for card in cards)
@@ -241,10 +241,9 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     yield tensor
     # bitsandbytes keeps the scales beside the weight, as attributes of it.
-    state = getattr(tensor, "quant_state", None)
-    while state is not None:
-        yield from (part for part in (state.absmax, state.code) if isinstance(part, torch.Tensor))
-        state = state.state2
-    scales = getattr(tensor, "SCB", None)
-    if isinstance(scales, torch.Tensor):
-        yield scales
+    holder = getattr(tensor, "quant_state", None)
+    scales = [getattr(tensor, "SCB", None)]
+    while holder is not None:
+        scales += [getattr(holder, "absmax", None), getattr(holder, "code", None)]
+        holder = getattr(holder, "state2", None)
+    yield from (part for part in scales if isinstance(part, torch.Tensor))

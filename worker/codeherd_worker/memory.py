@@ -34,8 +34,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from codeherd_schema.errors import CodeherdError, InvalidSetting, OutOfMemory
-from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.cache import ROW_ALIGNMENT
+from codeherd_worker.engine.slot_classes import SlotClass
 
 #: Share of a GPU's memory that is left alone: the CUDA context, fragments, other small programs.
 GPU_RESERVE: Final = 0.08
@@ -327,15 +327,13 @@ def _way_out(
     ways = []
     if is_own_choice and (found := choose_classes(tokens, slots=slots, window=window, idle_rows=idle_rows)):
         ways.append(f"worker_slot_lengths={spell(found)}")
-    for fewer in range(slots - 1, 0, -1):
+    for fewer in range(0 if ways else slots - 1, 0, -1):
         if found := choose_classes(tokens, slots=fewer, window=window, idle_rows=idle_rows):
             ways.append(f"worker_slots={fewer} (as {spell(found)})")
             break
     held = sum(card.weight_bytes for card in cards)
     for quantization, weight_bytes in lighter.items():
-        lightened = [
-            replace(card, weight_bytes=card.weight_bytes * weight_bytes // held) for card in cards
-        ]
+        lightened = [replace(card, weight_bytes=card.weight_bytes * weight_bytes // held) for card in cards]
         tokens = min(card.tokens for card in lightened)
         if weight_bytes < held and choose_classes(tokens, slots=slots, window=window, idle_rows=idle_rows):
             ways.append(f"worker_quantization={quantization} (weights of {_gb(weight_bytes)})")

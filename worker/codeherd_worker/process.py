@@ -3,7 +3,7 @@
 Owns: what is loaded before the first job, what runs beside the jobs, how a stop proceeds. Does not
 know Celery: `codeherd_worker.app` starts it, `codeherd_worker.pool` tells it when to drain and close.
 
-    open:  store -> weights -> tokenizer -> engine (warmed up) -> heartbeat, rescuer, watchdog
+    open:  store -> weights -> tokenizer -> memory plan -> engine (warmed up) -> heartbeat, rescuer, watchdog
     drain: take no more jobs -> let the running ones finish -> release what is left
     close: watchdog, rescuer, heartbeat -> engine -> broker, store
 """
@@ -16,6 +16,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from random import uniform
 from typing import Any
@@ -23,22 +25,24 @@ from typing import Any
 import torch
 
 from codeherd_schema.broker import Broker, queue_name
-from codeherd_schema.errors import ModelFilesInvalid
+from codeherd_schema.errors import InvalidSetting, ModelFilesInvalid
 from codeherd_schema.models import ModelTable, ServedModel
 from codeherd_schema.store import Store
 from codeherd_worker.device import Device
+from codeherd_worker.draft_rule import choose_draft_tokens
 from codeherd_worker.engine.engine import Engine, EngineSettings
-from codeherd_worker.engine.loading import load_model
+from codeherd_worker.engine.loading import LoadedModel, load_model
 from codeherd_worker.engine.stopping import CancelReason
 from codeherd_worker.engine.vocabulary import Vocabulary, verify
+from codeherd_worker.footprint import idle_rows, lighter_weights, measure_cards
 from codeherd_worker.lease import Heartbeat
-from codeherd_worker.memory import slot_length
+from codeherd_worker.memory import MemoryPlan, plan_memory
 from codeherd_worker.periodic import Periodic
 from codeherd_worker.rescuer import Rescuer
 from codeherd_worker.runner import Generator, Runner
 from codeherd_worker.running import Running
 from codeherd_worker.settings import WorkerSettings
-from codeherd_worker.telemetry import engine_figures
+from codeherd_worker.telemetry import Identity, Telemetry
 from codeherd_worker.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,8 @@ DRAIN_CHECK_S = 0.1
 WATCH_INTERVAL_S = 1.0
 #: Exit status after the engine broke: the launcher starts the process anew.
 ENGINE_BROKEN_STATUS = 70
+#: Tokens. Shorter slots than this take few jobs: somebody should know.
+SHORT_SLOT = 1024
 
 
 class WorkerProcess:
@@ -116,7 +122,7 @@ class WorkerProcess:
         for part in (
             Periodic("heartbeat", heartbeat.beat, pause_s=lambda: settings.heartbeat_s),
             Periodic("rescuer", rescuer.look, pause_s=lambda: _spread(settings.reap_interval_s)),
-            Periodic("watchdog", watchdog.look, pause_s=lambda: WATCH_INTERVAL_S),
+            Periodic("watchdog", self._watch(watchdog), pause_s=lambda: WATCH_INTERVAL_S),
         ):
             part.start()
             stack.callback(part.close)
@@ -135,7 +141,7 @@ class WorkerProcess:
 
     def figures(self) -> dict[str, Any]:
         """Return the engine's figures for `engine_stats`."""
-        return engine_figures(self._engine, worker_id=self.worker_id, model=self.model.name, queue=self.queue)
+        return self._telemetry.figures()
 
     def drain(self) -> None:
         """Take no more jobs, and release what still runs when the drain's time is over."""
@@ -151,11 +157,13 @@ class WorkerProcess:
         settings, model = self.settings, self.model
         source = str(EMBEDDED_FOLDER) if model.source == "embedded" else model.source
         started = time.monotonic()
+        window = self._window()
         loaded = load_model(
             source,
             quantization=settings.worker_quantization,
             device=self._device,
             slots=settings.worker_slots,
+            context=window,
         )
         vocabulary = Vocabulary.from_folder(loaded.folder)
         verify(vocabulary)
@@ -164,21 +172,106 @@ class WorkerProcess:
                 f"model `{model.name}` is listed as able to infill, its tokenizer has no infilling tokens",
                 hint="set `infilling = false` in its entry of the models file, or use the base 7B or 13B",
             )
-        max_len = slot_length(model, loaded, settings)
-        engine = Engine(
-            loaded.model,
-            EngineSettings(
-                slots=settings.worker_slots, max_len=max_len, prefill_chunk=settings.worker_prefill_chunk
-            ),
-        )
-        engine.warm_up()
+        engine, plan = self._warm_engine(loaded, window)
         engine.start()
+        identity = Identity(
+            self.worker_id, model.name, self.queue, loaded.revision, quantization=loaded.quantization
+        )
+        self._telemetry = Telemetry(engine, plan, identity)
         logger.info(
             "model_ready model=%s quantization=%s device=%s slots=%d max_len=%d cache_bytes=%d load_s=%.1f",
-            model.name, loaded.quantization, loaded.device, settings.worker_slots, max_len,
+            model.name, loaded.quantization, loaded.device, plan.slots, plan.classes[-1].length,
             engine.stats().cache_bytes, time.monotonic() - started,
         )  # fmt: skip
         return Generator(model=model, loaded=loaded, vocabulary=vocabulary, engine=engine)
+
+    def _window(self) -> int:
+        """Return the tokens of the longest sequence that this worker may hold."""
+        asked, classes = self.settings.worker_max_len, self.settings.slot_classes
+        wanted = classes[-1].length if classes else asked or self.model.context_window
+        if wanted > self.model.context_window:
+            name = "a slot of worker_slot_lengths" if classes else "worker_max_len"
+            raise InvalidSetting(
+                f"{name} has {wanted} tokens, more than the context window of `{self.model.name}`, "
+                f"{self.model.context_window}"
+            )
+        return wanted
+
+    def _warm_engine(self, loaded: LoadedModel, window: int) -> tuple[Engine, MemoryPlan]:
+        """Plan, allocate and warm up; what was found out is logged."""
+        settings = self.settings
+        drafts = choose_draft_tokens(
+            settings.worker_draft_tokens,
+            device=self._device,
+            quantization=loaded.quantization,
+            parameters=self.model.parameters,
+            slots=settings.worker_slots,
+        )
+        plan = self._plan(loaded, window, drafts)
+        engine = self._engine_of(loaded, plan, drafts)
+        checks = engine.warm_up()
+        is_auto = settings.worker_draft_tokens == "auto"
+        if drafts and not checks.drafts_agree and is_auto and self._device == "cpu":
+            # Drafts would be tried in every step, however many rows are live: on a CPU that costs more
+            # than it saves.
+            logger.info("drafts_switched_off draft_tokens=%d", drafts)
+            drafts = 0
+            engine.close()
+            del engine  # its cache, before the next one is allocated
+            engine = self._engine_of(loaded, plan, drafts)
+            checks = engine.warm_up()
+        logger.info(
+            "engine_warm fingerprint=%s draft_tokens=%d %s",
+            engine.fingerprint, drafts, " ".join(f"{k}={v}" for k, v in asdict(checks).items()),
+        )  # fmt: skip
+        return engine, plan
+
+    def _plan(self, loaded: LoadedModel, window: int, draft_tokens: int) -> MemoryPlan:
+        settings = self.settings
+        idle = idle_rows(loaded.model, settings.worker_slots)
+        cards = measure_cards(
+            loaded,
+            rows=settings.worker_slots + idle,
+            draft_tokens=draft_tokens,
+            prefill_chunk=settings.worker_prefill_chunk,
+            window=window,
+        )
+        plan = plan_memory(
+            cards,
+            slots=settings.worker_slots,
+            window=window,
+            classes=settings.slot_classes,
+            idle_rows=idle,
+            lighter=lighter_weights(loaded.model),
+        )
+        for line in plan.log_lines():
+            logger.info("%s", line)
+        shortest = plan.classes[0].length
+        if shortest < min(window, SHORT_SLOT) and not settings.slot_classes:
+            logger.warning(
+                "slots_are_short tokens=%d slots=%d: fewer worker_slots are longer",
+                shortest, plan.classes[0].slots,
+            )  # fmt: skip
+        return plan
+
+    def _engine_of(self, loaded: LoadedModel, plan: MemoryPlan, draft_tokens: int) -> Engine:
+        settings = self.settings
+        return Engine(
+            loaded.model,
+            EngineSettings(
+                classes=plan.classes,
+                prefill_chunk=settings.worker_prefill_chunk,
+                reuse_prefixes=settings.worker_reuse_prefixes,
+                draft_tokens=draft_tokens,
+            ),
+        )
+
+    def _watch(self, watchdog: Watchdog) -> Callable[[], None]:
+        def look() -> None:
+            watchdog.look()
+            self._telemetry.sample()
+
+        return look
 
     def _drain(self) -> None:
         end = time.monotonic() + self.settings.worker_drain_timeout_s

@@ -67,9 +67,15 @@ def serve(settings: WorkerSettings, *, name: str, device: Device) -> int:
     process = WorkerProcess(settings, name=name, device=device)
     try:
         process.open()
-        return run_worker(process)
+        status = run_worker(process)
     finally:
         process.close()
+    if process.exit_status:
+        # The engine broke, and its device may be lost: what CUDA does at the end of a process can wait for
+        # it for ever, and then the launcher would never start another.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def follow_parent(parent: int) -> bool:

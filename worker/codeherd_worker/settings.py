@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from codeherd_schema.errors import InvalidSetting
 from codeherd_schema.settings import SharedSettings
-from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.quantization import Quantization as Quantization
+from codeherd_worker.engine.slot_classes import SlotClass
 
 
 class WorkerSettings(SharedSettings):
@@ -79,7 +79,8 @@ class WorkerSettings(SharedSettings):
             )
         if self.worker_max_len is not None and longest > self.worker_max_len:
             raise InvalidSetting(
-                f"worker_slot_lengths has a slot of {longest} tokens, worker_max_len is {self.worker_max_len}",
+                f"worker_slot_lengths has a slot of {longest} tokens, worker_max_len is "
+                f"{self.worker_max_len}",
                 hint="leave worker_max_len out",
             )
 

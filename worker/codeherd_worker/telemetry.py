@@ -6,14 +6,16 @@ text: Flower shows the lines to everyone who may log in, and the figures are num
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from codeherd_schema.results import Result
 from codeherd_worker.engine.engine import Engine
+from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.footprint import held_bytes
 from codeherd_worker.memory import MemoryPlan
 
@@ -72,7 +74,7 @@ class _Sample:
 
 
 class RateMeter:
-    """Turns counters that only grow into rates; samples may come at any times."""
+    """Turns counters that only grow into rates; samples may come at any times, from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, window_s: float = WINDOW_S) -> None:
         """Start without samples.
@@ -84,20 +86,23 @@ class RateMeter:
         self._clock = clock
         self._window_s = window_s
         self._samples: deque[_Sample] = deque()
+        self._lock = threading.Lock()
 
     def sample(self, tokens: int, busy_s: float) -> None:
         """Take the counters as they are now."""
         now = self._clock()
-        self._samples.append(_Sample(now, tokens, busy_s))
-        # The first one stays the newest that is old enough.
-        while len(self._samples) > 2 and now - self._samples[1].at >= self._window_s:
-            self._samples.popleft()
+        with self._lock:
+            self._samples.append(_Sample(now, tokens, busy_s))
+            # The first one stays the newest that is old enough.
+            while len(self._samples) > 2 and now - self._samples[1].at >= self._window_s:
+                self._samples.popleft()
 
     def rates(self) -> Rates:
         """Return the rates between the first sample that is kept and the last."""
-        if len(self._samples) < 2:
-            return Rates(0.0, 0.0, 0.0)
-        first, last = self._samples[0], self._samples[-1]
+        with self._lock:
+            if not self._samples:
+                return Rates(0.0, 0.0, 0.0)
+            first, last = self._samples[0], self._samples[-1]
         passed = last.at - first.at
         if passed <= 0:
             return Rates(0.0, 0.0, 0.0)
@@ -135,6 +140,7 @@ class Telemetry:
         # Settled by the warm-up, and dear to find out.
         self._facts = engine.facts
         self._fingerprint = engine.fingerprint
+        self._shapes = _shapes(engine, plan.classes)
         self.sample()
 
     def sample(self) -> None:
@@ -146,8 +152,7 @@ class Telemetry:
         """Return the answer to the `engine_stats` inspection: numbers, names and job ids, JSON types."""
         self.sample()
         stats, rates = self._engine.stats(), self._meter.rates()
-        devices = self._engine.devices
-        now_bytes, peak_bytes = held_bytes(devices)
+        now_bytes, peak_bytes = held_bytes(card.name for card in self._plan.cards)
         return asdict(self._identity) | {
             "dtype": self._facts["dtype"],
             "device": self._facts["device"],
@@ -173,12 +178,25 @@ class Telemetry:
             "memory_bytes": now_bytes,
             "memory_peak_bytes": peak_bytes,
             "plan": self._plan.document(),
-            **self._shapes(),
+            **self._shapes,
             "slot_views": [asdict(view) for view in self._engine.views()],
         }
 
-    def _shapes(self) -> dict[str, Any]:
-        """Return what decides which cache positions a token may attend to."""
+
+def _shapes(engine: Engine, classes: Sequence[SlotClass]) -> dict[str, Any]:
+    """Return what decides which places of the cache a token may attend to."""
+    passes = engine._decoder.passes  # noqa: SLF001 -- read-only, settled by the warm-up
+    return {
+        "granule": passes.granule,
+        "prefill_chunk": passes.prefill_chunk,
+        "draft_tokens": passes.draft_tokens,
+        "drafts_are_optional": passes.drafts_are_optional,
+        "classes": [
+            # The spare places of a slot begin where no read goes.
+            asdict(part) | {"spare": room.readable_len, "kv_lengths": list(reads)}
+            for part, room, reads in zip(classes, passes.cache.rooms, passes.kv_lengths, strict=True)
+        ],
+    }
 
 
 def _share(part: int, whole: int) -> float | None:

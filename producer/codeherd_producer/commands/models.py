@@ -101,8 +101,9 @@ def _quantize(
         codeherd models quantize codellama-7b /models/7b-nf4
         codeherd models quantize /models/my-finetune /models/my-finetune-int8 --quantization int8
 
-    MODEL is a name of `codeherd models`, a hub id or a folder; it must be on this machine. A 7B model
-    shrinks from 13.5 GB to 3.9 GB, and a worker starts from that. OUT is there whole or not at all.
+    MODEL is a name of `codeherd models`, a hub id (both with `@revision` if pinned) or a folder; it must
+    be on this machine. A 7B model shrinks from 13.5 GB to 3.9 GB, and a worker starts from that. OUT is
+    there whole or not at all.
     """
     answer = _ask(
         "quantize",
@@ -189,16 +190,22 @@ def _document(model: ServedModel) -> dict[str, object]:
 
 
 def _source(ctx: click.Context, model: str) -> str:
-    """Return what the worker package loads for a folder, a name of the table or a hub id."""
+    """Return what the worker package loads for a folder, a name of the table or a hub id.
+
+    Names and ids may be pinned: `codellama-7b@main`, `owner/name@0123abc`.
+    """
     table = ModelTable.from_file(settings_of(ctx).models_file)
     if Path(model).is_dir():
         return str(Path(model).absolute())
     try:
         return table.find(model).source
     except UnknownModel:
-        # A hub id may be pinned, or of a model that nobody serves yet.
+        # A hub id may be of a model that nobody serves yet.
         if "/" in model:
             return model
+        name, _, revision = model.partition("@")
+        if revision:
+            return f"{table.find(name).source}@{revision}"
         raise
 
 

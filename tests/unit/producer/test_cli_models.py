@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import get_args
@@ -68,6 +69,35 @@ def test_a_model_that_is_not_here_is_named(command_line: CommandLine) -> None:
     assert done.status == 1
     assert "`owner/some-llama@v1` is no folder, and no model in the hub's local cache" in done.stderr
     assert "hint: download the model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [
+        ("tiny", "embedded"),
+        ("codellama-7b", "codellama/CodeLlama-7b-hf"),
+        ("codellama-7b@v1", "codellama/CodeLlama-7b-hf@v1"),
+        ("codellama/CodeLlama-7b-hf@v1", "codellama/CodeLlama-7b-hf@v1"),
+        ("owner/unlisted", "owner/unlisted"),
+    ],
+)
+def test_a_model_is_named_by_table_or_hub_and_may_be_pinned(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, given: str, source: str
+) -> None:
+    tell = "import json, sys; said = sys.stdin.read(); error = dict(code='x', message=said, hint=None); "
+    tell += "print(json.dumps({'error': error}))"
+    monkeypatch.setattr(models, "MODEL_COMMAND", (sys.executable, "-c", tell))
+
+    done = command_line("--quiet", "models", "quantize", given, "copy", "--json")
+
+    asked = json.loads(done.document["error"]["message"])
+    assert asked == {
+        "source": source,
+        "out": str(Path("copy").absolute()),
+        "quantization": "nf4",
+        "device": None,
+        "quiet": True,
+    }
 
 
 def test_a_machine_without_the_worker_package_says_what_to_install(

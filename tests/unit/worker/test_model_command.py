@@ -57,7 +57,7 @@ def test_two_settings_are_compared_on_a_text(tmp_path: Path) -> None:
     assert answer["tokens"] == 100
     # Twenty copies of two lines: predictable to anything that reads what went before.
     assert 1 < answer["a"]["perplexity"] < 10
-    assert answer["a"]["weight_bytes"] == 2 * answer["b"]["weight_bytes"]
+    assert answer["a"]["weight_bytes"] == pytest.approx(2 * answer["b"]["weight_bytes"], rel=1e-3)
 
 
 def test_without_a_text_python_itself_is_read() -> None:

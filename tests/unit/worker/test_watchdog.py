@@ -1,8 +1,13 @@
+import itertools
 import threading
 
-from codeherd_worker.engine.detokenize import Detokenizer
-from codeherd_worker.engine.engine import Engine, EngineSettings, SequenceRequest
+import torch
+
+from codeherd_schema.errors import EngineFailed
+from codeherd_worker.engine.engine import Engine, EngineSettings
+from codeherd_worker.engine.faults import is_sticky
 from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sequences import SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from codeherd_worker.watchdog import HUNG_STATUS, Watchdog
 from tests.unit.worker.engine.tiny_llama import random_prompt, tiny_llama
@@ -23,10 +28,30 @@ class Hanging:
         return ""
 
 
-def sequence(detokenizer: Detokenizer | Hanging | None) -> SequenceRequest:
-    stopper = Stopper(stop_ids=frozenset(), stop_strings=(), max_new_tokens=2, detokenizer=detokenizer)
+class Noting:
+    """A detokenizer that notes when the engine's last pass was."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.moments: list[float] = []
+
+    def push(self, token_id: int) -> str:
+        assert self.engine is not None
+        self.moments.append(self.engine.stats().last_step_at)
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+def sequence(
+    detokenizer: Hanging | Noting | None, *, prompt_tokens: int = 3, new_tokens: int = 2
+) -> SequenceRequest:
+    stopper = Stopper(
+        stop_ids=frozenset(), stop_strings=(), max_new_tokens=new_tokens, detokenizer=detokenizer
+    )
     return SequenceRequest(
-        prompt_ids=random_prompt(3),
+        prompt_ids=random_prompt(prompt_tokens),
         sampling=SamplingParams(),
         stopper=stopper,
         cancel=CancelToken(),
@@ -36,7 +61,7 @@ def sequence(detokenizer: Detokenizer | Hanging | None) -> SequenceRequest:
 
 
 def test_an_engine_whose_step_never_ends_ends_the_process() -> None:
-    engine = Engine(tiny_llama(), EngineSettings(slots=2, max_len=64))
+    engine = Engine(tiny_llama(), EngineSettings.uniform(slots=2, max_len=128))
     engine.start()
     hanging, ended = Hanging(), list[int]()
     now = [0.0]
@@ -59,7 +84,7 @@ def test_an_engine_whose_step_never_ends_ends_the_process() -> None:
 
 
 def test_an_idle_engine_never_counts_as_hung() -> None:
-    engine = Engine(tiny_llama(), EngineSettings(slots=2, max_len=64))
+    engine = Engine(tiny_llama(), EngineSettings.uniform(slots=2, max_len=128))
     engine.start()
     ended = list[int]()
     watchdog = Watchdog(
@@ -75,18 +100,62 @@ def test_an_idle_engine_never_counts_as_hung() -> None:
 
 def test_a_broken_engine_is_told_once() -> None:
     model = tiny_llama()
-    engine = Engine(model, EngineSettings(slots=2, max_len=64))
+    engine = Engine(model, EngineSettings.uniform(slots=2, max_len=128))
     told = list[bool]()
     watchdog = Watchdog(engine, step_timeout_s=5.0, on_broken=lambda: told.append(True))
 
     engine.start()
     watchdog.look()
     assert told == []
-    # A model without its layers cannot make a step.
-    del model.model.layers
+    # What the engine calls in every pass is not what it was.
+    model.model.layers[0].mlp.act_fn.forward = lambda *_: None
     assert engine.submit(sequence(None)).exception(30) is not None
     watchdog.look()
     watchdog.look()
 
     assert told == [True]
+    engine.close()
+
+
+def test_every_pass_moves_the_moment_that_the_watchdog_looks_at() -> None:
+    ticks = itertools.count()
+    engine = Engine(
+        tiny_llama(),
+        EngineSettings.uniform(slots=2, max_len=128, prefill_chunk=32),
+        clock=lambda: float(next(ticks)),
+    )
+    engine.start()
+    noting = Noting()
+    noting.engine = engine
+    before = engine.stats().last_step_at
+
+    request = sequence(noting, prompt_tokens=100, new_tokens=4)
+    engine.submit(request).result(30)
+
+    # Prefill in four passes came before the first token; each begins and ends with a look at the clock.
+    assert noting.moments[0] - before >= 8
+    assert noting.moments == sorted(set(noting.moments))
+    assert len(noting.moments) == 4
+    engine.close()
+
+
+def test_a_lost_device_breaks_the_engine_and_ends_the_process_in_good_order() -> None:
+    model = tiny_llama()
+    engine = Engine(model, EngineSettings.uniform(slots=2, max_len=128))
+
+    def lost(*_: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    told, ended = list[bool](), list[int]()
+    watchdog = Watchdog(engine, step_timeout_s=5.0, on_broken=lambda: told.append(True), on_hung=ended.append)
+    engine.start()
+    for layer in model.model.layers:
+        layer.mlp.act_fn.forward = lost
+    error = engine.submit(sequence(None)).exception(30)
+    watchdog.look()
+
+    assert isinstance(error, EngineFailed)
+    assert is_sticky(error.__cause__ or error)
+    assert told == [True]
+    assert ended == []
     engine.close()

@@ -102,7 +102,7 @@ class SlotDecoder:
         return probes.warm_up(self.passes)
 
     def assign(self, slot: int, sampling: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """Say how a slot's tokens are chosen, before the last piece of its prompt is prefilled."""
+        """Say how a slot's tokens are chosen, right before the last piece of its prompt is prefilled."""
         self._sampler.assign(slot, sampling, prompt_ids)
         if sampling.logprobs:
             self._asked[slot] = sampling.logprobs

@@ -187,6 +187,10 @@ class Engine:
                 f"no memory for {settings.slots} slots of up to {settings.max_len} tokens",
                 hint="use fewer slots, a smaller max_len or a stronger quantization",
             ) from err
+        #: What the produced bytes depend on beside weights and request; settled by `warm_up`.
+        self.facts = _facts(model, self._decoder, settings)
+        #: A short stable hash of `facts`.
+        self.fingerprint = _digest(self.facts)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Guards what other threads touch: the next four.
         self._wake = threading.Condition()
@@ -206,20 +210,12 @@ class Engine:
         """Whether a pass of the model failed; nothing can be submitted any more."""
         return self._failure is not None
 
-    @property
-    def facts(self) -> dict[str, str | int]:
-        """What the produced bytes depend on beside weights and request; settled by `warm_up`."""
-        return _facts(self._model, self._decoder, self._settings)
-
-    @property
-    def fingerprint(self) -> str:
-        """A short stable hash of `facts`."""
-        return _digest(self.facts)
-
     def warm_up(self) -> RowChecks:
         """Run every shape once, so that the first sequence pays for nothing; before `start`."""
         checks = self._decoder.warm_up()
         self._scheduler = self._new_scheduler()
+        self.facts = _facts(self._model, self._decoder, self._settings)
+        self.fingerprint = _digest(self.facts)
         return checks
 
     def start(self) -> None:

@@ -211,7 +211,6 @@ class Scheduler:
         self._hold(slot, sequence, length)
         if self._reuse:
             self._planned.hold(slot, request.prompt_ids)
-        self._decoder.assign(slot, request.sampling, request.prompt_ids)
         sequence.slot, sequence.prefilled, sequence.reused = slot, length, length
         sequence.admitted_at = self._clock()
         self.counters.prompt_tokens += len(request.prompt_ids)
@@ -227,6 +226,11 @@ class Scheduler:
         pieces, chosen = self._pieces()
         if not pieces:
             return
+        for sequence, piece in zip(chosen, pieces, strict=True):
+            if piece.ends:
+                # Not earlier: a row that waits for its prompt would learn the tokens of idle steps.
+                request = sequence.request
+                self._decoder.assign(piece.slot, request.sampling, request.prompt_ids)
         self._on_pass()
         try:
             pending = self._decoder.prefill(pieces)

@@ -1,116 +1,268 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from codeherd_worker.engine.cache import ROW_ALIGNMENT, SlotCache
-from tests.unit.worker.engine.tiny_llama import tiny_config
+from codeherd_worker.engine.slot_classes import SlotClass
 
-ROWS, HEADS, HEAD_SIZE, LAYERS = 3, 2, 16, 2
+HEADS, HEAD_SIZE, LAYERS = 2, 8, 2
+#: Slots 0 to 2 hold 40 tokens (48 readable), slots 3 and 4 hold 64, slot 5 holds 100 (112 readable).
+CLASSES = (SlotClass(40, 3), SlotClass(64, 2), SlotClass(100, 1))
+SLOTS = 6
 
 
-def make_cache(max_len: int = 40, **changes: int) -> SlotCache:
+@pytest.fixture(params=[False, True], ids=["head-major", "token-major"])
+def is_token_major(request: pytest.FixtureRequest) -> bool:
+    answer: bool = request.param
+    return answer
+
+
+def make_cache(
+    *, is_token_major: bool = False, classes: tuple[SlotClass, ...] = CLASSES, key_heads: int = HEADS
+) -> SlotCache:
     return SlotCache(
-        tiny_config(**changes),
-        rows=ROWS,
-        max_len=max_len,
+        classes,
+        key_heads=key_heads,
+        head_size=HEAD_SIZE,
         dtype=torch.float32,
         layer_devices=[torch.device("cpu")] * LAYERS,
+        is_token_major=is_token_major,
     )
 
 
-def test_each_row_is_written_at_its_own_position() -> None:
-    cache = make_cache()
-    keys = torch.randn(ROWS, HEADS, 1, HEAD_SIZE)
-    places = torch.tensor([[5], [0], [39]])
+def new_tokens(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, count, HEADS, HEAD_SIZE, generator=generator)
+    return keys, values
 
-    cache.point(slice(0, ROWS), places, kv_len=40)
-    read_keys, read_values = cache.update(keys, -keys, 1)
 
-    for row, place in enumerate(places.flatten().tolist()):
-        assert torch.equal(read_keys[row, :, place], keys[row, :, 0])
-        assert torch.equal(read_values[row, :, place], -keys[row, :, 0])
+def fill_differently(cache: SlotCache) -> None:
+    """Give every number of every slot a value of its own."""
+    for layer in range(LAYERS):
+        for number, part in enumerate(cache.flat(layer)):
+            count = part.numel()
+            start = (2 * layer + number) * count
+            part.copy_(torch.arange(start, start + count, dtype=part.dtype).view_as(part))
+
+
+def snapshot(cache: SlotCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Everything that is kept, by slot and layer: (K, capacity, D) keys and values."""
+    return [
+        tuple(part[0].clone() for part in cache.read(layer, slot, 1, cache.room_of(slot).capacity))  # type: ignore[misc]
+        for layer in range(LAYERS)
+        for slot in range(cache.slots)
+    ]
+
+
+def assert_equal_but(
+    cache: SlotCache,
+    before: list[tuple[torch.Tensor, torch.Tensor]],
+    places: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Compare everything bitwise; at (layer, slot, position) the given (K, D) keys and values stand."""
+    for (layer, slot, position), pair in places.items():
+        for part, new in zip(before[layer * SLOTS + slot], pair, strict=True):
+            part[:, position] = new
+    for old, now in zip(before, snapshot(cache), strict=True):
+        assert torch.equal(old[0], now[0])
+        assert torch.equal(old[1], now[1])
+
+
+def test_a_decode_step_is_written_at_each_slots_own_position_and_nowhere_else(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    fill_differently(cache)
+    before = snapshot(cache)
+    positions = [5, 0, 39, 63, 17, 99]
+    keys, values = new_tokens(SLOTS)
+
+    cache.write(1, cache.destinations(torch.tensor(positions)[:, None]), keys, values)
+
+    places = {(1, slot, place): (keys[slot], values[slot]) for slot, place in enumerate(positions)}
+    assert_equal_but(cache, before, places)
+
+
+def test_a_pass_over_some_slots_is_written_in_those_alone(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    fill_differently(cache)
+    before = snapshot(cache)
+    slots, positions = [4, 1], [[8, 9, 10], [0, 1, 2]]
+    keys, values = new_tokens(6)
+
+    cache.write(0, cache.destinations(torch.tensor(positions), torch.tensor(slots)), keys, values)
+
+    places = {
+        (0, slot, place): (keys[3 * row + column], values[3 * row + column])
+        for row, slot in enumerate(slots)
+        for column, place in enumerate(positions[row])
+    }
+    assert_equal_but(cache, before, places)
+
+
+def test_a_slot_reads_back_what_was_written_whatever_lies_beside(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    keys, values = new_tokens(2)
+
+    cache.write(1, cache.destinations(torch.tensor([[3, 4]]), torch.tensor([5])), keys, values)
+    read_keys, read_values = cache.read(1, 5, 1, 16)
+
+    assert read_keys.shape == (1, HEADS, 16, HEAD_SIZE)
+    assert torch.equal(read_keys[0, :, 3:5], keys.transpose(0, 1))
+    assert torch.equal(read_values[0, :, 3:5], values.transpose(0, 1))
     assert read_keys.count_nonzero() == keys.numel()
 
 
-def test_a_chunk_lands_in_its_slot_and_nowhere_else() -> None:
+def test_head_major_and_token_major_hold_the_same() -> None:
+    caches = [make_cache(is_token_major=is_major) for is_major in (False, True)]
+    positions = torch.randint(0, 40, (SLOTS, 7), generator=torch.Generator().manual_seed(1))
+    # No place twice: which of two writes stays is nobody's promise.
+    positions = positions.sort(-1).values + torch.arange(7)
+    keys, values = new_tokens(7 * SLOTS)
+
+    for cache in caches:
+        cache.write(0, cache.destinations(positions.clamp(max=47)), keys, values)
+        cache.copy_prefix(0, 3, 30)
+        cache.wipe(1)
+
+    for head_major, token_major in zip(*map(snapshot, caches), strict=True):
+        assert torch.equal(head_major[0], token_major[0])
+        assert torch.equal(head_major[1], token_major[1])
+
+
+def test_token_major_memory_has_a_tokens_heads_side_by_side() -> None:
+    cache = make_cache(is_token_major=True)
+    keys, values = new_tokens(1)
+
+    cache.write(0, cache.destinations(torch.tensor([[2]]), torch.tensor([1])), keys, values)
+    flat_keys, flat_values = cache.flat(0)
+
+    row = 1 * (48 + ROW_ALIGNMENT) + 2
+    assert torch.equal(flat_keys[row], keys.flatten())
+    assert torch.equal(flat_values[row], values.flatten())
+
+
+def test_neighbours_of_a_class_are_read_together_and_as_views(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    fill_differently(cache)
+
+    keys, values = cache.read(0, 1, 2, 32)
+
+    assert keys.shape == values.shape == (2, HEADS, 32, HEAD_SIZE)
+    for row, slot in enumerate((1, 2)):
+        alone = cache.read(0, slot, 1, 32)
+        assert torch.equal(keys[row], alone[0][0])
+        assert torch.equal(values[row], alone[1][0])
+    storages = {part.untyped_storage().data_ptr() for part in (keys, values, cache.flat(0)[0])}
+    assert len(storages) == 1
+
+
+def test_classes_have_the_lengths_that_they_were_given() -> None:
     cache = make_cache()
-    keys = torch.randn(1, HEADS, 4, HEAD_SIZE)
 
-    cache.point(slice(1, 2), torch.tensor([[8, 9, 10, 11]]), kv_len=12)
-    read_keys, _ = cache.update(keys, keys, 0)
+    rooms = [(room.start, room.end, room.readable_len) for room in cache.rooms]
 
-    assert torch.equal(read_keys[0, :, 8:], keys[0])
-    assert not cache.layers[0].keys[[0, 2]].any()
-    assert not cache.layers[1].keys.any()
+    assert rooms == [(0, 3, 48), (3, 5, 64), (5, 6, 112)]
+    assert [cache.room_of(slot).readable_len for slot in range(cache.slots)] == [48, 48, 48, 64, 64, 112]
+    assert all(room.capacity % ROW_ALIGNMENT == 0 for room in cache.rooms)
 
 
-def test_the_spare_position_is_never_read() -> None:
-    cache = make_cache()
-    keys = torch.full((1, HEADS, 2, HEAD_SIZE), torch.nan)
+def test_spare_positions_are_never_read(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    bad = torch.full((SLOTS, HEADS, HEAD_SIZE), torch.nan)
 
-    spare = torch.full((1, 2), cache.spare_position)
-    cache.point(slice(0, 1), spare, kv_len=cache.readable_len)
-    read_keys, _ = cache.update(keys, keys, 0)
+    assert cache.spares.tolist() == [cache.spare_of(slot) for slot in range(SLOTS)]
+    cache.write(0, cache.destinations(cache.spares[:, None]), bad, bad)
 
-    assert read_keys.isfinite().all()
-    assert cache.layers[0].keys.isnan().any()
-
-
-def test_reads_are_views_of_the_cache() -> None:
-    cache = make_cache()
-    keys = torch.randn(1, HEADS, 1, HEAD_SIZE)
-
-    cache.point(slice(2, 3), torch.tensor([[0]]), kv_len=16)
-    read_keys, _ = cache.update(keys, keys, 0)
-
-    assert read_keys.untyped_storage().data_ptr() == cache.layers[0].keys.untyped_storage().data_ptr()
+    for room in cache.rooms:
+        for part in cache.read(0, room.start, room.end - room.start, room.readable_len):
+            assert part.isfinite().all()
+    assert sum(int(keys.isnan().sum()) for keys, _ in snapshot(cache)) == bad.numel()
 
 
-def test_rows_are_aligned_and_hold_max_len() -> None:
-    cache = make_cache(max_len=41)
+@pytest.mark.parametrize(("source", "target"), [(0, 1), (0, 4), (5, 2), (3, 5)])
+def test_a_prefix_is_copied_bit_by_bit_to_a_slot_of_any_class(
+    source: int, target: int, is_token_major: bool
+) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    fill_differently(cache)
+    before = snapshot(cache)
 
-    assert cache.readable_len == 48
-    assert cache.layers[0].get_max_length() % ROW_ALIGNMENT == 0
+    cache.copy_prefix(source, target, 32)
+
+    places = {
+        (layer, target, place): (
+            before[layer * SLOTS + source][0][:, place],
+            before[layer * SLOTS + source][1][:, place],
+        )
+        for layer in range(LAYERS)
+        for place in range(32)
+    }
+    assert_equal_but(cache, before, places)
 
 
-def test_an_explicit_head_size_counts() -> None:
-    cache = make_cache(head_dim=32)
+def test_wipe_empties_one_slot_with_its_spare_positions(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    fill_differently(cache)
+    before = snapshot(cache)
+    empty = torch.zeros(HEADS, HEAD_SIZE)
 
-    assert cache.layers[0].keys.shape[-1] == 32
+    cache.wipe(3)
+
+    places = {
+        (layer, 3, place): (empty, empty)
+        for layer in range(LAYERS)
+        for place in range(cache.room_of(3).capacity)
+    }
+    assert_equal_but(cache, before, places)
 
 
-def test_cache_bytes_are_what_is_allocated() -> None:
-    cache = make_cache(max_len=48)
+def test_fill_alike_makes_slots_equal_and_clear_empties_them(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
 
-    assert cache.cache_bytes == LAYERS * 2 * ROWS * HEADS * (48 + ROW_ALIGNMENT) * HEAD_SIZE * 4
-
-
-def test_wipe_empties_one_row() -> None:
-    cache = make_cache()
     cache.fill_alike(torch.Generator().manual_seed(0))
-
-    cache.wipe(1)
-
-    assert not cache.layers[0].values[1].any()
-    assert cache.layers[0].values[0].any()
-
-
-def test_fill_alike_makes_rows_equal_and_clear_empties_them() -> None:
-    cache = make_cache()
-
-    cache.fill_alike(torch.Generator().manual_seed(0))
-    rows = cache.layers[1].keys.clone()
+    filled = snapshot(cache)
     cache.clear()
 
-    assert torch.equal(rows[0], rows[2])
-    assert rows.any()
-    assert not cache.layers[1].keys.any()
+    for layer in range(LAYERS):
+        longest = filled[layer * SLOTS + 5]
+        for slot in range(SLOTS):
+            for part, other in zip(filled[layer * SLOTS + slot], longest, strict=True):
+                assert torch.equal(part, other[:, : part.shape[1]])
+                assert part.count_nonzero() == part.numel()
+        # Keys and values, and the layers, are not alike: a mix-up must show.
+        assert not torch.equal(*longest)
+    assert not torch.equal(filled[0][0], filled[SLOTS][0])
+    assert not any(part.any() for pair in snapshot(cache) for part in pair)
 
 
-def test_transformers_is_told_that_nothing_is_counted_here() -> None:
-    cache = make_cache()
-    cache.point(slice(0, 1), torch.tensor([[3]]), kv_len=16)
+def test_cache_bytes_are_what_is_allocated(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
 
-    assert cache.layers[0].get_mask_sizes(1) == (16, 0)
-    assert cache.get_seq_length() == 0
-    assert cache.is_compileable
+    tokens = 3 * (48 + ROW_ALIGNMENT) + 2 * (64 + ROW_ALIGNMENT) + (112 + ROW_ALIGNMENT)
+    assert cache.cache_bytes == LAYERS * 2 * tokens * HEADS * HEAD_SIZE * 4
+
+
+def test_addresses_never_change(is_token_major: bool) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    before = cache.addresses
+    keys, values = new_tokens(SLOTS)
+
+    cache.fill_alike(torch.Generator().manual_seed(0))
+    cache.write(0, cache.destinations(torch.zeros(SLOTS, 1, dtype=torch.int64)), keys, values)
+    cache.copy_prefix(0, 5, 16)
+    cache.wipe(2)
+    cache.clear()
+
+    assert cache.addresses == before
+    assert len(set(before)) == LAYERS
+
+
+def test_each_layer_lies_on_its_own_device() -> None:
+    devices = [torch.device("cpu"), torch.device("meta")]
+    cache = SlotCache(
+        CLASSES, key_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.bfloat16, layer_devices=devices
+    )
+
+    assert [cache.flat(layer)[0].device for layer in range(2)] == devices
+    assert cache.flat(0)[0].dtype == torch.bfloat16
+    assert cache.spares.device == devices[0]

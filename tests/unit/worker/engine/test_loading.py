@@ -366,6 +366,20 @@ def test_a_scale_that_is_no_number_is_found_in_quantized_files(
         load(stored, "auto")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float64])
+def test_every_floating_type_is_looked_at(tmp_path: Path, dtype: torch.dtype) -> None:
+    numbers = torch.linspace(-2, 2, 12)
+    tensors = {"good": numbers, "empty": numbers[:0], "ids": torch.arange(3), "bad": numbers.clone()}
+    tensors["bad"][7] = torch.nan
+    save_file(
+        {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
+
+    with pytest.raises(ModelFilesInvalid, match=r"^bad in model\.safetensors holds NaN or Inf$"):
+        checkpoint.check_values(checkpoint.read_tensors(tmp_path), torch.float32, lambda step, share: None)
+
+
 def test_a_number_that_float16_cannot_hold_is_refused_for_it_alone(folder: Path) -> None:
     name = "model.norm.weight"
     change_tensor(folder, name, torch.full((64,), 1e5))

@@ -30,11 +30,12 @@ from codeherd_worker.engine.sampling import (
     lowest_kept,
     mix,
     penalize,
+    running_mass,
     streams_of,
 )
 
 VOCAB_SIZE = 50
-#: More than a CPU looks at first, and than it looks at next.
+#: Far more than a CPU looks at first.
 LARGE_VOCAB_SIZE = 3001
 CPU = torch.device("cpu")
 #: 0.999 quantile of chi-square with 11 degrees of freedom.
@@ -78,7 +79,7 @@ def filters_of(*params: SamplingParams) -> Filters:
 
 def filtered(scores: torch.Tensor, *params: SamplingParams) -> torch.Tensor:
     highest, ids = scores.sort(dim=-1, descending=True)
-    lowest = lowest_kept(highest, scores.softmax(-1).gather(-1, ids), filters_of(*params))
+    lowest = lowest_kept(highest, running_mass(scores, ids), filters_of(*params))
     return scores.masked_fill(scores < lowest, -math.inf)
 
 
@@ -267,6 +268,7 @@ PARAMS = [
     SamplingParams(temperature=1.2, top_k=2000, top_p=0.7, seed=6),
     SamplingParams(temperature=1.1, min_p=0.02, seed=7, logprobs=2),
     SamplingParams(temperature=1.5, min_p=1e-9, seed=8),
+    SamplingParams(temperature=2.0, top_p=0.3, min_p=0.01, seed=9),
     SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.1, repetition_penalty=1.3, seed=2**63 - 1),
 ]
 
@@ -305,6 +307,29 @@ def test_the_sampler_draws_what_rules_and_noise_say(
         noise = noise_of(params.seed, position, torch.arange(vocab_size))
         expected = (scores if params.is_greedy else scores + noise).argmax(-1)
         assert torch.equal(sampled.tokens, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(params=st.sampled_from(PARAMS), seed=st.integers(0, 10**6), levels=st.sampled_from([0.02, 0.5, 4]))
+def test_a_cpu_draws_what_an_accelerator_draws_even_among_equals(
+    params: SamplingParams, seed: int, levels: float
+) -> None:
+    # Scores on few levels, as those of a bfloat16 model: the filters end among equals.
+    logits = (
+        random_logits(4, vocab_size=LARGE_VOCAB_SIZE, seed=seed, spread=levels * 2)
+        .div(levels)
+        .round()
+        .mul(levels)
+    )
+    positions = torch.arange(4)[:, None] + seed
+    samplers = [
+        make_sampler(*[params] * 4, prompts=((1,),) * 4, vocab_size=LARGE_VOCAB_SIZE) for _ in range(2)
+    ]
+    as_on_an_accelerator(samplers[1])
+
+    cpu, accelerator = (sampler.sample(logits, positions, slice(0, 4)) for sampler in samplers)
+
+    assert torch.equal(cpu.tokens, accelerator.tokens)
 
 
 rows_of_params = st.lists(st.sampled_from(PARAMS), min_size=1, max_size=6)

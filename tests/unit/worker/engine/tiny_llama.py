@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -45,10 +44,7 @@ def random_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
 
 def generate_alone(model: LlamaForCausalLM, prompt_ids: tuple[int, ...], count: int) -> list[int]:
     """What transformers' own greedy decoding and attention answer."""
-    # A copy: an engine may be using the model, and has put its own attention into it.
-    reference = copy.deepcopy(model)
-    reference.set_attn_implementation("sdpa")
-    output = reference.generate(
+    output = model.generate(
         torch.tensor([prompt_ids]), max_new_tokens=count, do_sample=False, eos_token_id=None
     )
     answer: list[int] = output[0, len(prompt_ids) :].tolist()

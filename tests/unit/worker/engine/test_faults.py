@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from codeherd_worker.engine.faults import is_out_of_memory, is_sticky
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+]
+STICKY = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    torch.AcceleratorError("CUDA error: unspecified launch failure"),
+]
+HARMLESS = [RuntimeError("shape mismatch"), ValueError("CUDA error"), KeyError(3)]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_ran_out_leaves_the_device_usable(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+    assert not is_sticky(error)
+
+
+@pytest.mark.parametrize("error", STICKY, ids=str)
+def test_a_broken_context_stays_broken(error: BaseException) -> None:
+    assert is_sticky(error)
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", HARMLESS, ids=repr)
+def test_other_errors_are_neither(error: BaseException) -> None:
+    assert not is_sticky(error)
+    assert not is_out_of_memory(error)
+
+
+def test_the_real_allocator_says_it_so() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    assert is_out_of_memory(caught.value)

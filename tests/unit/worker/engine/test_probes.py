@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from codeherd_worker.engine.decode import SlotDecoder
+from codeherd_worker.engine.layouts import Piece
+from codeherd_worker.engine.slot_classes import SlotClass
+from tests.unit.worker.engine.decoding import CHUNK, LOGGED, ids, make_decoder, say, start, step
+from tests.unit.worker.engine.misrounding import NUDGE, disturb_attention, disturb_linears
+from tests.unit.worker.engine.tiny_llama import generate_alone, random_prompt, tiny_llama
+
+GROUP = 2
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    # With one thread, all rows round alike without our doing.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)
+
+
+def rounds_late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the last row of every product of so many rows differ; the list is filled once the engine is made."""
+    faulty: list[int] = []
+
+    def disturb(output: torch.Tensor) -> None:
+        if len(output) in faulty:
+            output[-1] += NUDGE
+
+    disturb_linears(monkeypatch, disturb)
+    return faulty
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_on_this_machine_nothing_changes_a_rows_bits(kv_heads: int, dtype: torch.dtype) -> None:
+    decoder = make_decoder(
+        tiny_llama(num_key_value_heads=kv_heads).to(dtype),
+        classes=(SlotClass(200, 3), SlotClass(700, 2)),
+        draft_tokens=2,
+    )
+
+    checks = decoder.warm_up()
+
+    assert checks.rows_agree
+    assert checks.granules_agree
+    assert decoder.drafts_are_optional == checks.drafts_agree
+
+
+def test_warm_up_leaves_nothing_behind(model: LlamaForCausalLM) -> None:
+    decoder = make_decoder(model, draft_tokens=2)
+    expected = say(decoder, 1, random_prompt(100), 5)
+
+    decoder.warm_up()
+
+    assert not any(part.any() for layer in range(2) for part in decoder.cache.flat(layer))
+    assert not decoder.is_live
+    assert say(decoder, 1, random_prompt(100), 5) == expected
+
+
+def test_where_granules_disagree_a_prompt_has_its_pass_alone(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    faulty = rounds_late(monkeypatch)
+    decoder = make_decoder(model)
+    assert decoder.can_share_passes
+    faulty += [64, 96]
+
+    checks = decoder.warm_up()
+
+    assert not checks.granules_agree
+    assert not decoder.can_share_passes
+    assert (decoder.granule, decoder.passes.pass_lengths) == (CHUNK, (CHUNK,))
+    assert decoder.facts["granule"] == CHUNK
+    assert "granules_disagree" in caplog.text
+    prompt = random_prompt(CHUNK + 40)
+    assert ids(say(decoder, 0, prompt, 3)) == generate_alone(model, prompt, 3)
+
+
+def test_granules_of_one_slot_must_agree_as_well(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where a prefix is reused, or a pass is shared, the same granule is attended beside fewer of its own.
+    def disturb(output: torch.Tensor, keys: torch.Tensor) -> None:
+        is_prefill = output.shape[2] == 32 * GROUP
+        if is_prefill and len(keys) == 2:
+            output[1] += NUDGE
+
+    disturb_attention(monkeypatch, disturb)
+    decoder = make_decoder(model)
+
+    checks = decoder.warm_up()
+
+    prompt = random_prompt(64)
+    whole = start(decoder, 0, prompt)
+    decoder.assign(1, LOGGED, prompt)
+    decoder.prefill([Piece(1, prompt[: decoder.granule], 0, ends=len(prompt) <= decoder.granule)])
+    if len(prompt) > decoder.granule:
+        pending = decoder.prefill([Piece(1, prompt[decoder.granule :], decoder.granule, ends=True)])
+        assert pending is not None
+        assert pending.read()[1] == [whole]
+    assert not checks.granules_agree
+
+
+def test_read_lengths_that_change_bits_are_dropped(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturb(output: torch.Tensor, keys: torch.Tensor) -> None:
+        is_decode = output.shape[2] == GROUP
+        if is_decode and keys.shape[2] in (64, 192):
+            output += NUDGE
+
+    disturb_attention(monkeypatch, disturb)
+    decoder = make_decoder(model, classes=(SlotClass(100, 2), SlotClass(300, 1)))
+    assert decoder.passes.kv_lengths == ((64, 112), (64, 128, 192, 256, 304))
+
+    checks = decoder.warm_up()
+
+    assert not checks.kv_lengths_agree
+    assert decoder.passes.kv_lengths == ((112,), (128, 256, 304))
+    assert_a_neighbour_changes_nothing(decoder)
+
+
+def test_read_lengths_that_change_bits_of_a_prefill_are_dropped_too(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturb(output: torch.Tensor, keys: torch.Tensor) -> None:
+        if output.shape[2] == 32 * GROUP and keys.shape[2] == 128:
+            output += NUDGE
+
+    disturb_attention(monkeypatch, disturb)
+    decoder = make_decoder(model, max_len=300)
+
+    checks = decoder.warm_up()
+
+    assert not checks.kv_lengths_agree
+    assert decoder.passes.kv_lengths == ((64, 192, 256, 304),)
+
+
+def test_where_all_shorter_reads_differ_slots_are_read_whole(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturb(output: torch.Tensor, keys: torch.Tensor) -> None:
+        output += keys.shape[2] * NUDGE
+
+    disturb_attention(monkeypatch, disturb)
+    decoder = make_decoder(model, max_len=300)
+
+    assert not decoder.warm_up().kv_lengths_agree
+
+    assert decoder.passes.kv_lengths == ((304,),)
+    assert_a_neighbour_changes_nothing(decoder)
+
+
+def test_row_counts_that_change_bits_are_dropped(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturb(output: torch.Tensor, keys: torch.Tensor) -> None:
+        if output.shape[2] == GROUP and len(keys) == 2:
+            output += NUDGE
+
+    disturb_attention(monkeypatch, disturb)
+    decoder = make_decoder(model, slots=4)
+    assert 2 in decoder.passes.row_counts
+
+    checks = decoder.warm_up()
+
+    assert checks.rows_agree
+    assert 2 not in decoder.passes.row_counts
+    assert decoder.passes.row_counts[-1] == decoder.passes.rows
+    assert_a_neighbour_changes_nothing(decoder)
+
+
+def test_warm_up_says_when_rows_differ(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def disturb(output: torch.Tensor, keys: torch.Tensor) -> None:
+        if output.shape[2] == GROUP:
+            output += NUDGE * torch.arange(len(keys)).view(-1, 1, 1, 1)
+
+    disturb_attention(monkeypatch, disturb)
+
+    assert not make_decoder(model).warm_up().rows_agree
+    assert "rows_disagree" in caplog.text
+
+
+def test_drafts_that_change_bits_are_part_of_every_step(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturb(output: torch.Tensor, _keys: torch.Tensor) -> None:
+        if output.shape[2] == GROUP * 3:
+            output += NUDGE
+
+    disturb_attention(monkeypatch, disturb)
+    decoder = make_decoder(model, draft_tokens=2)
+
+    checks = decoder.warm_up()
+
+    assert not checks.drafts_agree
+    assert not decoder.drafts_are_optional
+    assert decoder.facts["draft_tokens"] == 2
+    widths: set[int] = set()
+    disturb_attention(monkeypatch, lambda output, _keys: widths.add(output.shape[2]))
+    start(decoder, 0, random_prompt(20))
+    widths.clear()
+    step(decoder, 0)
+    assert widths == {GROUP * 3}
+
+
+def test_matrices_that_multiply_drafts_otherwise_make_them_part_of_every_step(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = rounds_late(monkeypatch)
+    decoder = make_decoder(model, slots=3, draft_tokens=2)
+    # A step of one live slot with its drafts, where a smaller step is allowed.
+    assert decoder.passes.row_counts[0] == 1
+    faulty += [3 * decoder.passes.rows]
+
+    assert not decoder.warm_up().drafts_agree
+    assert not decoder.drafts_are_optional
+
+
+def assert_a_neighbour_changes_nothing(decoder: SlotDecoder) -> None:
+    prompt = random_prompt(30)
+    alone = say(decoder, 0, prompt, 3)
+
+    start(decoder, 1, random_prompt(80))
+
+    assert say(decoder, 0, prompt, 3) == alone
