@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from codeherd_producer.client import Client
 from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import JobState
+from codeherd_worker.process import EMBEDDED_FOLDER
 from codeherd_worker.watchdog import HUNG_STATUS
 from tests.acceptance.endless import NAME, endless_model
 from tests.acceptance.herd import QUICK, Herd
@@ -45,7 +49,7 @@ def inspected(herd: Herd, *options: str) -> dict[str, Any]:
 def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
     tmp_path: Path, sqlite_url: str, broker_url: str
 ) -> None:
-    own = {"CODEHERD_WORKER_SLOT_LENGTHS": "256x2,2048x1", "CODEHERD_LOG_LEVEL": "info"}
+    own = {"CODEHERD_WORKER_SLOT_LENGTHS": "512x2,2048x1", "CODEHERD_LOG_LEVEL": "info"}
     with Herd(
         database_url=sqlite_url,
         broker_url=broker_url,
@@ -56,25 +60,31 @@ def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
     ) as herd:
         [worker] = inspected(herd, "one")["workers"]
         assert worker["model"] == NAME
-        assert worker["plan"]["classes"] == [{"length": 256, "slots": 2}, {"length": 2048, "slots": 1}]
+        assert worker["plan"]["classes"] == [{"length": 512, "slots": 2}, {"length": 2048, "slots": 1}]
         assert worker["cache_bytes"] == sum(card["cache_bytes"] for card in worker["plan"]["cards"])
         assert (worker["slots"], worker["active"], worker["tokens"]) == (3, 0, 0)
 
         with Client(herd.settings) as client:
+            # One slot holds them: there is a running one for as long as all of them take.
             sampling = Sampling(max_new_tokens=1900)
-            job = client.submit(GenerateRequest(prompt=SECRET, model=NAME, sampling=sampling))
-            wait_until(lambda: job.refresh().state is JobState.RUNNING, "the job to run")
-            busy: list[dict[str, Any]] = []
+            jobs = client.submit_many([GenerateRequest(prompt=SECRET, model=NAME, sampling=sampling)] * 20)
+            seen: dict[str, Any] = {}
 
             def is_seen() -> bool:
                 [worker] = inspected(herd)["workers"]
-                busy[:] = [view for view in worker["slot_views"] if view["name"] == job.id]
-                return bool(busy) and busy[0]["new_tokens"] > 0
+                busy = [view for view in worker["slot_views"] if view["name"] is not None]
+                if busy and busy[0]["new_tokens"]:
+                    seen.update(inspected(herd, "--mask", busy[0]["name"]) | {"view": busy[0]})
+                return bool(seen.get("running"))
 
-            wait_until(is_seen, "the job in a slot")
-            shown = herd.cli("inspect", "--mask", job.id)
-            client.cancel(job.id)
-        assert busy[0]["length"] == 2048
+            wait_until(is_seen, "a running job's mask")
+            shown = herd.cli("inspect", "--mask", seen["job"])
+            for job in jobs:
+                client.cancel(job.id)
+        [facts] = seen["slots"]
+        assert (facts["slot"], facts["length"]) == (2, seen["view"]["length"]) == (2, 2048)
+        assert facts["prompt_tokens"] == facts["prefilled_tokens"] == seen["view"]["prompt_tokens"] > 0
+        assert facts["new_tokens"] >= seen["view"]["new_tokens"]
         assert shown.returncode == 0, shown.stderr
         assert "decode" in shown.stdout
         assert SECRET not in shown.stdout
@@ -85,7 +95,7 @@ def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
 
     events = (
         "memory_plan card=cpu",
-        "slot_class length=256 slots=2",
+        "slot_class length=512 slots=2",
         "engine_warm",
         "model_ready",
         "worker_ready",
@@ -123,16 +133,38 @@ def test_a_lost_device_ends_the_process_so_that_the_launcher_starts_another(
         assert [attempt.error_code for attempt in client.attempts(job.id)] == ["engine_failed"]
 
 
+def roomy_model(folder: Path) -> dict[str, str]:
+    """Write a model of few weights whose cache takes 2 MiB for each token."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=2048,
+        max_position_embeddings=16_384,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "roomy")
+    shutil.copy(EMBEDDED_FOLDER / "tokenizer.model", folder / "roomy")
+    entry = "parameters = 1\nlayers = 4\nkv_heads = 32\nhead_dim = 2048\nvocab_size = 4096\n"
+    models_file = folder / "models.toml"
+    models_file.write_text(f'[models.roomy]\nsource = "{folder / "roomy"}"\n{entry}context_window = 16384\n')
+    return {"CODEHERD_MODELS_FILE": str(models_file), "CODEHERD_WORKER_MODEL": "roomy"}
+
+
 def test_slots_that_cannot_fit_stop_the_worker_with_figures_and_a_way_out(
     tmp_path: Path, sqlite_url: str, broker_url: str
 ) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CODEHERD_")}
-    # A window and a cache per token as large as no machine has.
-    (tmp_path / "models.toml").write_text("")
-    environment |= {
+    environment |= roomy_model(tmp_path) | {
         "CODEHERD_DATABASE_URL": sqlite_url,
         "CODEHERD_BROKER_URL": broker_url,
-        "CODEHERD_WORKER_SLOT_LENGTHS": "4096x2",
+        "CODEHERD_WORKER_QUANTIZATION": "none",
+        # 512 GiB.
+        "CODEHERD_WORKER_SLOT_LENGTHS": "16384x16",
     }
 
     done = subprocess.run(
@@ -146,6 +178,10 @@ def test_slots_that_cannot_fit_stop_the_worker_with_figures_and_a_way_out(
     )
 
     assert done.returncode == 1
-    assert "a slot of worker_slot_lengths has 4096 tokens" in done.stderr
-    assert "[invalid_setting]" in done.stderr
+    said = done.stderr[done.stderr.index("error: ") :]
+    assert said.startswith("error: 16384x16 slots do not fit cpu: weights ")
+    assert "cache 550.29 GB" in said
+    assert "[invalid_setting]" in said
+    assert "hint: worker_slot" in said
+    assert said.rstrip().endswith("would fit")
     assert "Traceback" not in done.stderr

@@ -35,14 +35,17 @@ from typing import Any, Final
 
 from codeherd_schema.errors import CodeherdError, InvalidSetting, OutOfMemory
 from codeherd_worker.engine.cache import ROW_ALIGNMENT
+from codeherd_worker.engine.layouts import KV_BLOCK
 from codeherd_worker.engine.slot_classes import SlotClass
 
 #: Share of a GPU's memory that is left alone: the CUDA context, fragments, other small programs.
 GPU_RESERVE: Final = 0.08
 #: Share of a machine's memory that is left alone: other programs live there, and files want to be cached.
 CPU_RESERVE: Final = 0.40
-#: Tokens. Lengths are multiples of this, unless the window itself is not.
-STEP: Final = 256
+#: Tokens. Lengths are multiples of this, unless the window itself is not. CPU attention sums blocks of so
+#: many keys: among such lengths a text's bits do not depend on its slot's class, among others they may
+#: (256 and 2048 differed on the machine that this was written on).
+STEP: Final = KV_BLOCK
 #: How much longer middle slots are than short ones.
 MIDDLE: Final = 4
 #: Of the slots beside the longest, one in so many is a middle one.

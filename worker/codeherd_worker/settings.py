@@ -31,8 +31,8 @@ class WorkerSettings(SharedSettings):
     #: Tokens of the longest slot, prompt and completion together; empty is the model's context window,
     #: or as much of it as fits.
     worker_max_len: int | None = Field(default=None, ge=16)
-    #: How many slots of which length, such as `2048x12,4096x3,16384x1`; empty computes them from the
-    #: device's memory. Their number is then `worker_slots`, which may be left out.
+    #: How many slots of which length, such as `2048x12,4096x3,16384x1`, best in multiples of 512; empty
+    #: computes them from the device's memory. Their number is then `worker_slots`, which may be left out.
     worker_slot_lengths: str = Field(default="", pattern=r"^([0-9]+x[0-9]+(,[0-9]+x[0-9]+)*)?$")
     #: Tokens guessed from the prompt and tried in one step: 0 to 8, or `auto` (by device, quantization
     #: and slots).

@@ -49,9 +49,23 @@ def join(modules: Sequence[nn.Linear]) -> Linear:
     if not all(_is_dense(module) for module in modules):
         return _Modules(modules)
     weight, bias = _joined_parameters(modules)
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return _Packed(weight, bias)
-    return _Dense(weight, bias)
+    return _Packed(weight, bias) if _can_pack(weight) else _Dense(weight, bias)
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies this type on this CPU."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    operators = torch.ops.mkldnn
+    match weight.dtype:
+        case torch.float32:
+            return True
+        case torch.bfloat16:
+            return bool(operators._is_mkldnn_bf16_supported())  # noqa: SLF001 -- see `_Packed`
+        case torch.float16:
+            return bool(operators._is_mkldnn_fp16_supported())  # noqa: SLF001
+        case _:
+            return False
 
 
 def _is_dense(module: nn.Linear) -> bool:

@@ -261,7 +261,7 @@ class SlotSampler:
         plan = self._plan_of(rows)
         if not (plan.needs.draws or plan.needs.penalty or plan.needs.logprobs):
             # The lowest id wins a tie, here and below.
-            return Sampled(scores.argmax(-1))
+            return Sampled(_likeliest(scores))
         if logits.dim() == 3:
             return self._choose(scores, positions, plan, drafts)
         return self._choose(scores[:, None], positions, plan, None).without_steps()
@@ -271,7 +271,7 @@ class SlotSampler:
     ) -> Sampled:
         """Choose from (B, S, V) float32 logits; each step leaves rows that do not ask for it as they were."""
         scores = self._penalized(logits, plan, drafts) if plan.needs.penalty else logits
-        tokens = scores.argmax(-1) if plan.has_greedy else torch.empty_like(positions)
+        tokens = _likeliest(scores) if plan.has_greedy else torch.empty_like(positions)
         for draw in plan.draws:
             drawn = self._drawn(scores[draw.rows] / draw.temperature, positions[draw.rows], draw)
             if draw.is_greedy is not None:
@@ -308,12 +308,18 @@ class SlotSampler:
     def _forget_plans(self) -> None:
         self._needs = Needs.of(self._params, self._vocab_size)
         self._plans: dict[tuple[int, int], _Plan] = {}
+        # Of the last rows that came as a tensor: steps pass the same one until a sequence comes or goes.
+        self._last_plan: tuple[torch.Tensor, _Plan] | None = None
 
     def _plan_of(self, rows: Rows) -> _Plan:
         if isinstance(rows, torch.Tensor):
+            if self._last_plan is not None and self._last_plan[0] is rows:
+                return self._last_plan[1]
             # Which rows these are is known to the device alone, unless that is the CPU.
             numbers = rows.tolist() if self._is_cpu else range(len(self._params))
-            return self._plan(rows, [self._params[row] for row in numbers])
+            plan = self._plan(rows, [self._params[row] for row in numbers])
+            self._last_plan = rows, plan
+            return plan
         place = rows.start, rows.stop
         if place not in self._plans:
             self._plans[place] = self._plan(rows, self._params[rows])
@@ -444,6 +450,14 @@ def mix(number: torch.Tensor) -> torch.Tensor:
 def _shift_right(number: torch.Tensor, bits: int) -> torch.Tensor:
     # torch has no unsigned shift: drop the copies of the sign bit.
     return (number >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _likeliest(scores: torch.Tensor) -> torch.Tensor:
+    """Return the id of the highest score, the lowest of equals; (..., V) float32 to (...)."""
+    if scores.device.type != "cpu":
+        return scores.argmax(-1)
+    # numpy's is vectorized: 6 us where torch 2.13 takes 56 for 16 rows of 4,096, 34 for 215 at 32,016.
+    return torch.from_numpy(scores.numpy().argmax(-1))
 
 
 def _loudest_kept(scores: torch.Tensor, streams: torch.Tensor, filters: Filters, width: int) -> torch.Tensor:
