@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_cases CASES
 
-Owns: how each figure is taken. CASES is a JSON list; one line of JSON per case comes out, a list of rows or an
-error. After an error the process ends, so that the next case meets a clean device. Does not know which cases
-there are, nor what becomes of the rows (`benchmarks.gpu`).
+Owns: how each figure is taken. CASES is a JSON list; one line of JSON per case comes out, a list of rows or
+an error. After an error the process ends, so that the next case meets a clean device. Does not know which
+cases there are, nor what becomes of the rows (`benchmarks.gpu`).
 
     decode     new tokens/s of all slots while all of them decode, context as said, prefills left out
     batch      new tokens/s of as many equal jobs as there are slots, from submission to the last token
@@ -89,9 +89,10 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
         if "error" in answer:
-            # Not by way of destructors, which a dead device can keep busy.
-            os._exit(1)
+            break
         _forget(device)
+    # Not by way of destructors, which a dead device or a library's thread can keep busy.
+    os._exit(0)
 
 
 def machine(device: torch.device) -> str:
@@ -146,6 +147,7 @@ def _ceilings(_: object, case: Case, device: torch.device) -> list[dict[str, Any
     packages = ("torch", "transformers", "bitsandbytes", "triton")
     return [
         {
+            "system": case.system,
             "workload": "ceilings",
             "machine": machine(device),
             "versions": {name: version_of(name) for name in packages},
@@ -215,22 +217,27 @@ def _round_s(engine: Engine, case: Case, name: str, *, new: int) -> float:
 
 def _steady(engine: Engine, case: Case) -> tuple[float, float]:
     """Return tokens/s while every slot decodes and none prefills, and the mean context then."""
-    clocks, futures = [], []
-    for place, ids in enumerate(_prompts(case, "decode")):
-        # One prompt after the other is prefilled: the first sequences get more tokens, so that all end
-        # together.
-        more = _passes(case) * (case.slots - 1 - place)
-        future, clock = _submit(engine, case, ids, case.new + more)
-        futures.append(future)
-        clocks.append(clock.times)
+    futures, clocks = _submit_staggered(engine, case, "decode")
     _finish(futures)
-    begin, end = max(times[0] for times in clocks), min(times[-1] for times in clocks)
-    inside = [sum(begin < t <= end for t in times) for times in clocks]
-    if min(inside) < case.new // 4:
+    begin, end = max(clock.times[0] for clock in clocks), min(clock.times[-1] for clock in clocks)
+    inside = [sum(begin < t <= end for t in clock.times) for clock in clocks]
+    if min(inside) < max(2, case.new // 4):
         raise RuntimeError(f"only {min(inside)} steps were steady")
-    before = [sum(t <= begin for t in times) for times in clocks]
+    before = [sum(t <= begin for t in clock.times) for clock in clocks]
     contexts = [case.prompt + b + i / 2 for b, i in zip(before, inside, strict=True)]
     return sum(inside) / (end - begin), sum(contexts) / len(contexts)
+
+
+def _submit_staggered(
+    engine: Engine, case: Case, name: str
+) -> tuple[list[Future[SequenceOutcome]], list[_Clock]]:
+    """Submit one job per slot, so that all of them end together."""
+    jobs = []
+    for place, ids in enumerate(_prompts(case, name)):
+        # One prompt after the other is prefilled, with a step after every pass: the first get more tokens.
+        more = _passes(case) * (case.slots - 1 - place)
+        jobs.append(_submit(engine, case, ids, case.new + more))
+    return [future for future, _ in jobs], [clock for _, clock in jobs]
 
 
 def _profile(model: LlamaForCausalLM, case: Case, device: torch.device) -> list[dict[str, Any]]:
@@ -239,22 +246,23 @@ def _profile(model: LlamaForCausalLM, case: Case, device: torch.device) -> list[
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CUDA] if device.type == "cuda" else [activity.CPU]
     try:
-        futures = [_submit(engine, case, ids, case.new)[0] for ids in _prompts(case, "profile")]
-        while engine.stats().steps < case.new // 2:
-            time.sleep(0.001)
+        futures, clocks = _submit_staggered(engine, case, "profile")
+        while min(len(clock.times) for clock in clocks) < 2 and not any(f.done() for f in futures):
+            time.sleep(0.0005)
         first = engine.stats().steps
         with torch.profiler.profile(activities=activities) as profile:
-            while engine.stats().steps < min(first + _PROFILED_STEPS, case.new - 2):
+            while engine.stats().steps < first + _PROFILED_STEPS and not any(f.done() for f in futures):
                 time.sleep(0.0005)
             steps = max(1, engine.stats().steps - first)
         _finish(futures)
     finally:
         engine.close()
-    kernels = sorted(profile.key_averages(), key=lambda k: -_kernel_us(k))[:_PROFILED_KERNELS]
+    averages = profile.key_averages()
+    kernels = sorted(averages, key=_kernel_us, reverse=True)[:_PROFILED_KERNELS]
     lines = [
         f"{_kernel_us(k) / steps / 1000:9.3f} ms  {k.count / steps:7.1f} calls  {k.key[:90]}" for k in kernels
     ]
-    calls = sum(k.count for k in profile.key_averages()) / steps
+    calls = sum(k.count for k in averages) / steps
     return [_row(case, "profile", 0.0, kernels_per_step=round(calls, 1), table=lines)]
 
 
@@ -347,7 +355,7 @@ def floor_of(row: Mapping[str, Any], ceilings: Ceilings) -> float | None:
     if row["workload"] == "decode":
         return float(row["slots"] / line.step_s(row["slots"], row["context"]))
     if row["workload"] == "prefill":
-        return row["prompt_tokens"] / line.prefill_s(row["prompt_tokens"])
+        return float(row["prompt_tokens"] / line.prefill_s(row["prompt_tokens"]))
     return None
 
 

@@ -50,8 +50,8 @@ _NOTES = """\
 - First token, queue included: from the submission, which for all but `single` is the start of the workload:
   the wait for a slot counts. Gap: between two tokens of one job. Peak memory: of the whole process, libraries
   too. CPU ms/token: time on all cores of the process per new token.
-- `-`: cannot be observed. Systems that take one job at a time run an even sample of the jobs, named in the
-  table; their tokens/s do not depend on how many wait, their first token would.
+- `-`: cannot be observed. Systems that take one job, or one batch, after the other may run an even sample of
+  the jobs, which the table names: their tokens/s do not depend on how many wait, their first token would.
 - Same tokens: the share of a system's jobs whose greedy tokens are exactly codeherd's. Systems add numbers in
   different orders, so two words of nearly equal score can change places; from there on a text differs.
 - Every system: the same checkpoint in float32, float32 cache, 2 threads, a process of its own, one at a time.
@@ -168,7 +168,7 @@ def rows_of(contest: Contest) -> list[dict[str, Any]]:
                 "workload": contest.workload,
                 "model": contest.model.name,
                 "precision": PRECISION,
-                "slots": 1 if outcome.entry.is_sequential else SLOTS,
+                "slots": outcome.entry.group or SLOTS,
                 "tokens_per_s": round(figures.tokens_per_s, 2),
                 "tokens_per_s_range": [round(rate, 2) for rate in figures.tokens_per_s_range],
                 "ratio_to_ours": None if ours is None else round(figures.tokens_per_s / ours.tokens_per_s, 4),

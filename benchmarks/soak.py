@@ -56,8 +56,9 @@ from codeherd_worker.engine.stopping import CancelReason, CancelToken, Stopper
 from codeherd_worker.engine.vocabulary import Vocabulary
 
 TINY_FOLDER = Path(codeherd_worker.__file__).parent / "tiny"
-#: Short and long slots, so that a job may land in either.
-SETTINGS = EngineSettings((SlotClass(320, 5), SlotClass(512, 3)), prefill_chunk=128, draft_tokens=3)
+#: Short and long slots, so that a job may land in either. The longest holds any job: a character is at most
+#: a token.
+SETTINGS = EngineSettings((SlotClass(512, 5), SlotClass(1024, 3)), prefill_chunk=128, draft_tokens=3)
 #: Jobs that wait or run at any time, per slot.
 _LOAD_PER_SLOT = 2
 #: New tokens of a job at most.
@@ -193,11 +194,11 @@ def _params(sampling: Sampling) -> SamplingParams:
     )
 
 
-class _NewStorage(TorchDispatchMode):
+class _NewStorage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the largest memory that an operation allocates, the cache's own aside."""
 
     def __init__(self, known: Collection[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = known
         self.largest_bytes = 0
 
@@ -333,6 +334,17 @@ class Soak:
             different += Answer.of(outcome) != answer
         return different
 
+    @property
+    def moved(self) -> int:
+        """Layers whose cache lies elsewhere than after the warm-up."""
+        now = self.watch.passes.cache.addresses
+        return sum(old != new for old, new in zip(self._addresses, now, strict=True))
+
+    @property
+    def captured(self) -> int:
+        """Graphs captured since the warm-up."""
+        return self.watch.passes.graphs.captures - self._captures
+
     def close(self) -> None:
         """Close the engine."""
         self.engine.close()
@@ -343,8 +355,8 @@ class Soak:
         layer_bytes = passes.cache.cache_bytes // len(passes.cache.addresses)
         untried = set(watch.token_counts) - watch.tried_token_counts()
         checks = {
-            "the cache moved": passes.cache.addresses != self._addresses,
-            "a graph was captured after the warm-up": passes.graphs.captures != self._captures,
+            "the cache moved": bool(self.moved),
+            "a graph was captured after the warm-up": bool(self.captured),
             f"passes of {sorted(untried)} tokens were never tried": bool(untried),
             "no pass was watched for allocations": not watch.watched,
             f"a pass allocated {watch.largest_bytes} bytes, a layer's cache has {layer_bytes}": (
@@ -458,9 +470,10 @@ def _rows(soak: Soak, resident: list[int], different: int) -> dict[str, object]:
         "decode steps, prefill passes": f"{stats.steps}, {stats.passes}",
         "prompt tokens, of these copied": f"{stats.prompt_tokens}, {stats.reused_tokens}",
         "drafts tried, of these right": f"{stats.drafted}, {stats.accepted}",
-        "cache": f"{cache.cache_bytes / 1e6:.1f} MB in {len(cache.addresses)} allocations, none moved",
+        "cache": f"{cache.cache_bytes / 1e6:.1f} MB in {len(cache.addresses)} allocations, "
+        f"{soak.moved} of them moved",
         "largest allocation of a pass": f"{watch.largest_bytes / 1e6:.2f} MB, {watch.watched} passes watched",
-        "graphs captured after the warm-up": 0,
+        "graphs captured after the warm-up": soak.captured,
         "numbers of tokens in a pass": f"{len(watch.token_counts)}, "
         f"{len(watch.tried_token_counts())} were tried",
         "resident memory, MB": ", ".join(f"{value / 1e6:.1f}" for value in resident)
@@ -468,7 +481,8 @@ def _rows(soak: Soak, resident: list[int], different: int) -> dict[str, object]:
         "growth, MB": f"{growth(resident) / 1e6:.1f} (at most {GROWTH_BYTES / 1e6:.0f})",
         "run again alone, of these different": f"{len(soak.answers)}, {different}",
         "engine": f"{' '.join(f'{part.slots}x{part.length}' for part in settings.classes)} slots, "
-        f"chunk {settings.prefill_chunk}, drafts {settings.draft_tokens}, fingerprint {soak.engine.fingerprint}",
+        f"chunk {settings.prefill_chunk}, drafts {settings.draft_tokens}, "
+        f"fingerprint {soak.engine.fingerprint}",
     }
 
 

@@ -119,7 +119,7 @@ _SIZES = {
         ragged_jobs=64, backfill_files=4, holes_per_file=12, file_tokens=960, long_jobs=8, single_jobs=8
     ),
     "random-110m": _Size(
-        ragged_jobs=64, backfill_files=2, holes_per_file=12, file_tokens=640, long_jobs=2, single_jobs=4
+        ragged_jobs=48, backfill_files=2, holes_per_file=8, file_tokens=480, long_jobs=2, single_jobs=4
     ),
 }
 

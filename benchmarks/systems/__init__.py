@@ -27,8 +27,9 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     #: Workloads it takes part in; None means all.
     workloads: frozenset[str] | None = None
-    #: Whether it runs one job at a time, so that a few jobs tell the speed of all.
-    is_sequential: bool = False
+    #: Jobs that it runs together before it looks at the next ones; a few such groups tell the speed of all.
+    #: None where a job may start whenever another one ends.
+    group: int | None = None
     #: Whether it reads weights in a format of its own.
     has_own_format: bool = False
     #: Whether it computes with torch.
@@ -62,9 +63,9 @@ _ENTRIES = (
         options={"draft_tokens": 3},
         workloads=frozenset({"ragged", "single"}),
     ),
-    Entry("generate_static", "generate_static", ("transformers",), is_sequential=True),
-    Entry("pipeline", "pipeline", ("transformers",), is_sequential=True),
-    Entry("padded_batches", "padded_batches", ("transformers",)),
+    Entry("generate_static", "generate_static", ("transformers",), group=1),
+    Entry("pipeline", "pipeline", ("transformers",), group=1),
+    Entry("padded_batches", "padded_batches", ("transformers",), group=16),
     Entry("generate_batch", "generate_batch", ("transformers",)),
     Entry("llama_cpp", "llama_cpp", ("llama-cpp-python", "gguf"), has_own_format=True, uses_torch=False),
     Entry("ctranslate2", "ctranslate2", ("ctranslate2",), has_own_format=True, uses_torch=False),

@@ -101,7 +101,7 @@ class Result(Frozen):
     model: str
     #: Identifies the weights: a hub commit, or a hash of the files.
     model_revision: str
-    #: `nf4`, `int8` or `none`.
+    #: How the weights are held: `nf4`, `int8`, `none`, `bf16`, …, or the format they were stored in.
     quantization: str
     #: Identifies everything else that the bytes depend on: versions, device, slots, shapes.
     engine_fingerprint: str

@@ -1,4 +1,4 @@
-"""Models, jobs and engines with which the engine's promises are checked; run as a module, one process's answers.
+"""Models, jobs and engines with which the engine's promises are checked; run, one process's answers.
 
     python -m tests.acceptance.engine_jobs MODEL SEED JOBS
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.soak import TINY_FOLDER, Answer, Recipe, Recipes
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.soak import TINY_FOLDER, Answer, Recipe, Recipes
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.sequences import SequenceOutcome
 from codeherd_worker.engine.vocabulary import Vocabulary
@@ -105,9 +105,7 @@ def _need(recipe: Recipe) -> int:
 
 def answer_alone(engine: Engine, jobs: Iterable[Recipe]) -> list[Answer]:
     """Run jobs one after the other, nobody beside, on an engine that has started."""
-    return [
-        Answer.of(engine.submit(job.request(VOCABULARY)).result(timeout=PATIENCE_S)) for job in jobs
-    ]
+    return [Answer.of(engine.submit(job.request(VOCABULARY)).result(timeout=PATIENCE_S)) for job in jobs]
 
 
 def shuffled(jobs: Sequence[Recipe], *, seed: int) -> list[tuple[int | None, Recipe]]:
@@ -155,7 +153,9 @@ def _difference(a: Answer, b: Answer) -> str:
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the first place where two sequences differ; the shorter one's length if it begins the other."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def warm(model: LlamaForCausalLM, settings: EngineSettings) -> Engine:

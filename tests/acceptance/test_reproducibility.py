@@ -6,14 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.soak import Answer, Recipe
 
-from benchmarks.soak import Answer
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.slot_classes import SlotClass
 from tests.acceptance.engine_jobs import (
@@ -31,6 +31,8 @@ from tests.acceptance.engine_jobs import (
 )
 
 JOBS = 100
+#: Those of them that run on every kind of engine.
+SOME = 50
 #: One job in so many gets an engine that has never run another.
 FRESH_EVERY = 10
 #: Decode steps after which an engine breaks; 100 jobs and the others take some 500.
@@ -45,26 +47,31 @@ class Bench:
         self.name = name
         self.model = bench_model(name)
         self.jobs = recipes(JOBS, seed=0)
-        self._alone: dict[str, list[Answer]] = {}
+        self._alone: dict[EngineSettings, list[Answer]] = {}
 
     def engine(self, settings: EngineSettings) -> Engine:
         return warm(self.model, settings)
 
-    def alone(self, settings: EngineSettings, fingerprint: str) -> list[Answer]:
-        """Return what the jobs answer one at a time in the first engine with this fingerprint."""
-        if fingerprint not in self._alone:
+    def alone(self, settings: EngineSettings) -> list[Answer]:
+        """Return what the jobs answer one at a time, with nobody's tokens to reuse."""
+        settings = replace(settings, reuse_prefixes=False)
+        if settings not in self._alone:
             engine = self.engine(settings)
-            assert engine.fingerprint == fingerprint
             engine.start()
-            self._alone[fingerprint] = answer_alone(engine, self.jobs)
+            jobs = self.jobs if settings == uniform() else self.some
+            self._alone[settings] = answer_alone(engine, jobs)
             engine.close()
-        return self._alone[fingerprint]
+        return self._alone[settings]
 
-    @cached_property
+    @property
     def expected(self) -> list[Answer]:
-        """What the jobs answer alone, in an engine without reuse and drafts."""
-        settings = uniform()
-        return self.alone(settings, self.engine(settings).fingerprint)
+        """What all jobs answer alone in the engine that most checks run on."""
+        return self.alone(uniform())
+
+    @property
+    def some(self) -> list[Recipe]:
+        """Those jobs that run on other engines as well."""
+        return self.jobs[:SOME]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -147,49 +154,58 @@ def test_jobs_that_a_broken_engine_left_open_answer_the_same_in_the_next_one(ben
     assert differences(found, bench.expected) == []
 
 
-@pytest.mark.parametrize("draft_tokens", [0, 3])
-@pytest.mark.parametrize("reuse_prefixes", [False, True])
-def test_engines_of_one_fingerprint_answer_the_same_with_reuse_and_drafts_or_without(
-    bench: Bench, reuse_prefixes: bool, draft_tokens: int
-) -> None:
-    settings = uniform(reuse_prefixes=reuse_prefixes, draft_tokens=draft_tokens)
-    engine = bench.engine(settings)
-    expected = bench.expected  # the first of its fingerprint, unless drafts are a fact of their own
+def test_a_job_answers_the_same_whether_its_beginning_was_copied_or_computed(bench: Bench) -> None:
+    engine = bench.engine(uniform(reuse_prefixes=True))
     found, outcomes = answer_together(engine, shuffled(bench.jobs, seed=4))
-    stats = engine.stats()
     engine.close()
 
-    assert differences(found, bench.alone(settings, engine.fingerprint)) == []
-    assert expected
-    assert any(outcome.reused_tokens for outcome in outcomes.values()) == reuse_prefixes
-    # Few sequences of a random model repeat themselves, the embedded model's do.
-    assert draft_tokens or not stats.drafted
-    assert stats.accepted > 0 or bench.name != "tiny" or not draft_tokens
+    assert sum(outcome.reused_tokens > 0 for outcome in outcomes.values()) > JOBS / 10
+    assert differences(found, bench.expected) == []
+
+
+@pytest.mark.parametrize("reuse_prefixes", [False, True])
+def test_a_job_answers_the_same_whether_drafts_were_tried_beside_it_or_not(
+    bench: Bench, reuse_prefixes: bool
+) -> None:
+    settings = uniform(reuse_prefixes=reuse_prefixes, draft_tokens=3)
+    engine = bench.engine(settings)
+    # On a CPU drafts are tried while few sequences are live: alone always, in a mix at its end.
+    found, _ = answer_together(engine, shuffled(bench.some, seed=5))
+    drafted = engine.stats().drafted
+    engine.close()
+
+    assert drafted > 0
+    assert differences(found, bench.alone(settings)) == []
+
+
+def test_engines_with_equal_fingerprints_answer_the_same(bench: Bench) -> None:
+    engines = {drafts: bench.engine(uniform(draft_tokens=drafts)) for drafts in (0, 3)}
+
+    if engines[0].fingerprint == engines[3].fingerprint:
+        with_drafts = dict(enumerate(bench.alone(uniform(draft_tokens=3))))
+        assert differences(with_drafts, bench.expected) == []
+    else:
+        assert engines[0].facts["draft_tokens"] != engines[3].facts["draft_tokens"]
 
 
 @pytest.mark.parametrize(
-    "classes",
-    [
-        (SlotClass(512, 4), SlotClass(1024, 2)),
-        (SlotClass(160, 2), SlotClass(320, 2), SlotClass(512, 2)),
-    ],
-    ids=["512+1024", "160+320+512"],
+    ("lengths", "draft_tokens"), [((512, 1024), 3), ((160, 320, 512), 0)], ids=["512+1024", "160+320+512"]
 )
-@pytest.mark.parametrize("draft_tokens", [0, 3])
 def test_a_job_answers_the_same_in_a_slot_of_any_class(
-    bench: Bench, classes: tuple[SlotClass, ...], draft_tokens: int
+    bench: Bench, lengths: tuple[int, ...], draft_tokens: int
 ) -> None:
+    classes = tuple(SlotClass(length, 6 // len(lengths)) for length in lengths)
     settings = EngineSettings(classes, prefill_chunk=128, draft_tokens=draft_tokens)
     engine = bench.engine(settings)
-    found, _ = answer_together(engine, shuffled(bench.jobs, seed=5))
+    found, _ = answer_together(engine, shuffled(bench.some, seed=6))
     engine.close()
 
-    assert len(found) == JOBS
-    assert differences(found, bench.alone(settings, engine.fingerprint)) == []
+    assert len(found) == SOME
+    assert differences(found, bench.alone(settings)) == []
 
 
 def test_another_process_answers_the_same(bench: Bench) -> None:
-    command = [sys.executable, "-m", "tests.acceptance.engine_jobs", bench.name, "6", str(JOBS)]
+    command = [sys.executable, "-m", "tests.acceptance.engine_jobs", bench.name, "7", str(JOBS)]
 
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=PATIENCE_S

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
         assert shown.returncode == 0, shown.stderr
         assert "decode" in shown.stdout
         assert SECRET not in shown.stdout
+        with subprocess.Popen(
+            [sys.executable, "-m", "codeherd_producer.cli", "inspect", "--json", "--watch", "0.2"],
+            env=herd.environment,
+            stdout=subprocess.PIPE,
+        ) as watching:
+            assert watching.stdout is not None
+            uptimes = [json.loads(watching.stdout.readline())["workers"][0]["uptime_s"] for _ in range(3)]
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(30) == 130
+        assert uptimes == sorted(set(uptimes))
         row = herd.cli("inspect").stdout.rstrip("\n").split("\t")
         assert row[0].startswith("one@")
         assert row[1] == NAME

@@ -110,7 +110,10 @@ def weight_bytes(model: nn.Module) -> dict[torch.device, int]:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Return the bytes of the second copy that a CPU's engine makes of dense weights (`engine.linears`)."""
+    """Return the bytes of the second copy that a CPU's engine makes of dense weights (`engine.linears`).
+
+    At most: a CPU without kernels for a 16-bit type makes none of weights in it.
+    """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
     return sum(

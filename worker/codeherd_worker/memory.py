@@ -269,10 +269,11 @@ def activation_bytes(
     # Residual and norm beside the joined projection, its rotated copy and its contiguous queries; or
     # beside gate, up and what the activation made of them.
     layer = tokens * max(2 * shape.hidden + 3 * joined, 3 * shape.hidden + 3 * shape.intermediate)
-    masks = tokens * (shape.heads // shape.key_heads) * window
+    # Once for the tokens, as bool and as numbers, and once for each query head of a group.
+    masks = tokens * window * (1 + shape.heads // shape.key_heads)
     written_out = shape.hidden * max(shape.intermediate, joined) if shape.is_quantized else 0
     rotary = 2 * window * shape.head_size
-    total = (layer + masks + written_out + rotary) * shape.dtype_bytes
+    total = (layer + masks + written_out + rotary) * shape.dtype_bytes + tokens * window
     if has_head:
         total += step_tokens * shape.vocab * (shape.dtype_bytes + _BYTES_PER_LOGIT)
     return total

@@ -28,7 +28,11 @@ from codeherd_schema.settings import PREFIX
 worker_options = options(
     click.option("--model", metavar="NAME", help="A name of `codeherd models` [tiny]."),
     click.option("--gpus", metavar="WHICH", help="`all`, `0,1`, `0+1` for one model on two, or `cpu`."),
-    click.option("--quantization", metavar="HOW", help="`auto`, `nf4`, `int8` or `none` [auto]."),
+    click.option(
+        "--quantization",
+        metavar="HOW",
+        help="`auto`, `none`, `nf4`, `int8`, `bf16`, `fp16`, `torchao-int8` or `torchao-int4` [auto].",
+    ),
     click.option("--slots", type=int, metavar="N", help="Jobs decoded together [8]."),
     click.option("--max-len", type=int, metavar="N", help="Tokens per slot [as many as fit]."),
     click.option("--threads", type=int, metavar="N", help="CPU threads per process [an even share]."),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from codeherd_worker.engine.decode import SlotDecoder
 from codeherd_worker.engine.engine import Engine, EngineSettings
+from codeherd_worker.engine.layouts import Piece
 from codeherd_worker.engine.loading import LoadedModel, load_model
+from codeherd_worker.engine.sampling import SamplingParams
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.footprint import (
     held_bytes,
@@ -17,9 +23,10 @@ from codeherd_worker.footprint import (
     lighter_weights,
     measure_cards,
     packed_bytes,
+    shape_of,
     weight_bytes,
 )
-from codeherd_worker.memory import plan_memory
+from codeherd_worker.memory import activation_bytes, plan_memory
 from codeherd_worker.process import EMBEDDED_FOLDER
 from tests.unit.worker.engine.tiny_llama import MAX_POSITIONS, tiny_llama
 
@@ -88,6 +95,42 @@ def test_quantized_weights_count_with_their_scales() -> None:
     # A scale per 64 weights: one byte each, or four where they are not quantized again.
     assert packed + linear // 64 <= found <= packed + linear // 16 + 4096
     assert lighter_weights(model)["nf4"] < lighter_weights(model)["int8"]
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """Return the most bytes that torch had allocated at a time, beyond what it had before."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    results = profiler.profiler.kineto_results
+    changes: list[int] = [event.nbytes() for event in results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize(("slots", "chunk"), [(2, 256), (12, 64)])
+def test_a_pass_allocates_no_more_than_is_planned_for_it(slots: int, chunk: int) -> None:
+    model = loaded(hidden_size=256, intermediate_size=688)
+    decoder = SlotDecoder(model.model, classes=(SlotClass(MAX_POSITIONS, slots),), prefill_chunk=chunk)
+    sampled = SamplingParams(temperature=0.8, top_p=0.9, seed=1)
+    for slot in range(slots):
+        decoder.assign(slot, sampled, (1,))
+    shape = shape_of(model.model, is_quantized=False)
+    planned = activation_bytes(
+        shape,
+        rows=decoder.passes.rows,
+        draft_tokens=0,
+        prefill_chunk=chunk,
+        window=MAX_POSITIONS,
+        has_head=True,
+    )
+
+    # The last chunk of a full slot reads farthest.
+    start = MAX_POSITIONS - 2 * chunk
+    prefill = peak_bytes(lambda: decoder.prefill([Piece(0, [5] * chunk, start, ends=True)]))
+    step = peak_bytes(decoder.step)
+
+    assert max(prefill, step) <= planned
+    # Nor is it a multiple of what is needed.
+    assert planned <= 8 * max(prefill, step)
 
 
 def test_memory_is_held_at_most_as_much_as_at_the_peak() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from codeherd_schema.errors import InvalidSetting
 from codeherd_worker.engine.admission import WaitingLine
+from codeherd_worker.engine.slot_classes import SlotClass, length_class, place
 
 CLASSES = (SlotClass(length=10, slots=2), SlotClass(length=20, slots=1), SlotClass(length=40, slots=1))
 WINDOW = 3

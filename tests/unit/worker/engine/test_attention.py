@@ -93,7 +93,9 @@ def prefill(
     return attention(layer, *tokens)
 
 
-def reference(cache: SlotCache, query: torch.Tensor, slot: int, position: int, layer: int = 1) -> torch.Tensor:
+def reference(
+    cache: SlotCache, query: torch.Tensor, slot: int, position: int, layer: int = 1
+) -> torch.Tensor:
     """What one (H, D) token attends, in float64, head by head, from what now lies in the cache."""
     keys, values = (part[0, :, : position + 1].double() for part in cache.read(layer, slot, 1, position + 1))
     group = query.shape[0] // keys.shape[0]
@@ -115,9 +117,7 @@ def assert_attended(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)]
 )
 @pytest.mark.parametrize("group", [1, 2, 3, 4])
-def test_a_decode_step_attends_all_that_came_before(
-    group: int, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_a_decode_step_attends_all_that_came_before(group: int, dtype: torch.dtype, tolerance: float) -> None:
     cache = make_cache(dtype)
     tokens = make_tokens(5, group, dtype)
     positions = [0, 63, 100, 17, 600]
@@ -139,9 +139,7 @@ def test_a_draft_sees_the_drafts_before_it_and_none_after(group: int) -> None:
     slots = [1, 2, 4]
     positions = [[start + step for step in range(drafted)] for start in starts]
 
-    output = decode(
-        cache, tokens, positions, [Run(1, 2, 64), Run(4, 1, 512)], rows=group * drafted
-    )
+    output = decode(cache, tokens, positions, [Run(1, 2, 64), Run(4, 1, 512)], rows=group * drafted)
 
     places = [(slot, place) for slot, row in zip(slots, positions, strict=True) for place in row]
     assert_attended(cache, output, tokens[0], places, 1e-5)

@@ -103,9 +103,15 @@ def test_unusual_configurations_decode_like_generate(changes: dict[str, Any]) ->
     assert ids(say(make_decoder(model), 0, prompt, 6)) == generate_alone(model, prompt, 6)
 
 
-def test_slots_of_every_class_answer_with_the_same_bits(model: LlamaForCausalLM) -> None:
-    decoder = make_decoder(model, classes=(SlotClass(150, 2), SlotClass(400, 1), SlotClass(1000, 2)))
-    prompt = random_prompt(100)
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("lengths", [(150, 400, 1000), (256, 512, 1024), (512, 700, 1000)])
+def test_slots_of_every_class_answer_with_the_same_bits(
+    model: LlamaForCausalLM, lengths: tuple[int, int, int]
+) -> None:
+    classes = tuple(SlotClass(length, slots) for length, slots in zip(lengths, (2, 1, 2), strict=True))
+    decoder = make_decoder(model, classes=classes)
+    decoder.warm_up()
+    prompt = random_prompt(lengths[0] - 8)
 
     answers = [say(decoder, slot, prompt, 8) for part in decoder.slots_of_class for slot in part]
 

@@ -45,7 +45,9 @@ class WholePrompt:
 
 
 @torch.inference_mode()
-def logits_of(forward: LlamaForward, prompt: tuple[int, ...], wanted: list[int] | None = None) -> torch.Tensor:
+def logits_of(
+    forward: LlamaForward, prompt: tuple[int, ...], wanted: list[int] | None = None
+) -> torch.Tensor:
     ids = torch.tensor(prompt)
     rows = None if wanted is None else torch.tensor(wanted)
     return forward(ids, torch.arange(len(ids)), WholePrompt(), rows)
@@ -97,9 +99,7 @@ def test_logits_are_those_of_transformers(changes: dict[str, Any]) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_other_dtypes_agree_within_their_rounding(dtype: torch.dtype, tolerance: float) -> None:
     model = tiny_llama(num_hidden_layers=1, initializer_range=0.1).to(dtype)
     prompt = random_prompt(LENGTH)

@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from codeherd_worker.engine.decode import SlotDecoder
-from codeherd_worker.engine.layouts import Piece
+from codeherd_worker.engine.layouts import Piece, lay_out_step
 from codeherd_worker.engine.slot_classes import SlotClass
-from tests.unit.worker.engine.decoding import CHUNK, LOGGED, ids, make_decoder, say, start, step
+from tests.unit.worker.engine.decoding import CHUNK, ids, make_decoder, say, start, step
 from tests.unit.worker.engine.misrounding import NUDGE, disturb_attention, disturb_linears
 from tests.unit.worker.engine.tiny_llama import generate_alone, random_prompt, tiny_llama
 
@@ -32,7 +32,7 @@ def _two_threads() -> Iterator[None]:
 
 
 def rounds_late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the last row of every product of so many rows differ; the list is filled once the engine is made."""
+    """Let the last row of products of some row counts differ; the counts are listed later, by the test."""
     faulty: list[int] = []
 
     def disturb(output: torch.Tensor) -> None:
@@ -48,7 +48,7 @@ def rounds_late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_on_this_machine_nothing_changes_a_rows_bits(kv_heads: int, dtype: torch.dtype) -> None:
     decoder = make_decoder(
         tiny_llama(num_key_value_heads=kv_heads).to(dtype),
-        classes=(SlotClass(200, 3), SlotClass(700, 2)),
+        slots=5,
         draft_tokens=2,
     )
 
@@ -101,17 +101,8 @@ def test_granules_of_one_slot_must_agree_as_well(
     disturb_attention(monkeypatch, disturb)
     decoder = make_decoder(model)
 
-    checks = decoder.warm_up()
-
-    prompt = random_prompt(64)
-    whole = start(decoder, 0, prompt)
-    decoder.assign(1, LOGGED, prompt)
-    decoder.prefill([Piece(1, prompt[: decoder.granule], 0, ends=len(prompt) <= decoder.granule)])
-    if len(prompt) > decoder.granule:
-        pending = decoder.prefill([Piece(1, prompt[decoder.granule :], decoder.granule, ends=True)])
-        assert pending is not None
-        assert pending.read()[1] == [whole]
-    assert not checks.granules_agree
+    assert not decoder.warm_up().granules_agree
+    assert not decoder.can_share_passes
 
 
 def test_read_lengths_that_change_bits_are_dropped(
@@ -122,14 +113,17 @@ def test_read_lengths_that_change_bits_are_dropped(
         if is_decode and keys.shape[2] in (64, 192):
             output += NUDGE
 
+    classes = (SlotClass(100, 2), SlotClass(300, 1))
+    sound = sound_kv_lengths(model, classes)
     disturb_attention(monkeypatch, disturb)
-    decoder = make_decoder(model, classes=(SlotClass(100, 2), SlotClass(300, 1)))
-    assert decoder.passes.kv_lengths == ((64, 112), (64, 128, 192, 256, 304))
+    decoder = make_decoder(model, classes=classes)
 
     checks = decoder.warm_up()
 
     assert not checks.kv_lengths_agree
-    assert decoder.passes.kv_lengths == ((112,), (128, 256, 304))
+    assert decoder.passes.kv_lengths == tuple(
+        tuple(length for length in lengths if length not in (64, 192)) for lengths in sound
+    )
     assert_a_neighbour_changes_nothing(decoder)
 
 
@@ -140,13 +134,16 @@ def test_read_lengths_that_change_bits_of_a_prefill_are_dropped_too(
         if output.shape[2] == 32 * GROUP and keys.shape[2] == 128:
             output += NUDGE
 
+    classes = (SlotClass(300, 3),)
+    (sound,) = sound_kv_lengths(model, classes)
+    assert 128 in sound
     disturb_attention(monkeypatch, disturb)
-    decoder = make_decoder(model, max_len=300)
+    decoder = make_decoder(model, classes=classes)
 
     checks = decoder.warm_up()
 
     assert not checks.kv_lengths_agree
-    assert decoder.passes.kv_lengths == ((64, 192, 256, 304),)
+    assert decoder.passes.kv_lengths == (tuple(length for length in sound if length != 128),)
 
 
 def test_where_all_shorter_reads_differ_slots_are_read_whole(
@@ -230,6 +227,37 @@ def test_matrices_that_multiply_drafts_otherwise_make_them_part_of_every_step(
 
     assert not decoder.warm_up().drafts_agree
     assert not decoder.drafts_are_optional
+
+
+def sound_kv_lengths(model: LlamaForCausalLM, classes: tuple[SlotClass, ...]) -> tuple[tuple[int, ...], ...]:
+    """What holds on this machine without our doing."""
+    decoder = make_decoder(model, classes=classes)
+    decoder.warm_up()
+    return decoder.passes.kv_lengths
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_at_lengths_that_are_kept_every_place_has_the_same_bits(kv_heads: int) -> None:
+    decoder = make_decoder(tiny_llama(num_key_value_heads=kv_heads))
+    decoder.warm_up()
+    passes = decoder.passes
+    passes.cache.fill_alike(torch.Generator().manual_seed(5))
+    (lengths,) = passes.kv_lengths
+    layout = lay_out_step((), passes.rows, passes.cache, passes.device)
+
+    for place in (0, 20, 63, 64, 150, 300, 440, 511, 600):
+        places = torch.full((passes.rows, 1), place)
+        tokens = torch.ones_like(places)
+        reads = [length for length in lengths if length > place]
+        steps = [
+            passes.run(layout, tokens, places, places, [read] * len(layout.runs)).clone() for read in reads
+        ]
+        assert all(torch.equal(logits, steps[-1]) for logits in steps)
+    for start_of in (0, 32, 96, 224, 416, 480, 640):
+        piece = Piece(1, [1] * passes.granule, start_of, ends=True)
+        reads = [length for length in lengths if length >= piece.end]
+        passes_read = [passes.prefill([piece], read)[0][:1].clone() for read in reads]
+        assert all(torch.equal(logits, passes_read[-1]) for logits in passes_read)
 
 
 def assert_a_neighbour_changes_nothing(decoder: SlotDecoder) -> None:

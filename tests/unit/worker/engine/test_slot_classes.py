@@ -8,7 +8,9 @@ from codeherd_worker.engine.slot_classes import SlotClass, length_class, place
 CLASSES = (SlotClass(10, 2), SlotClass(20, 1), SlotClass(40, 1))
 
 
-@pytest.mark.parametrize(("need", "number"), [(1, 0), (10, 0), (11, 1), (20, 1), (21, 2), (40, 2), (41, None)])
+@pytest.mark.parametrize(
+    ("need", "number"), [(1, 0), (10, 0), (11, 1), (20, 1), (21, 2), (40, 2), (41, None)]
+)
 def test_a_sequence_belongs_to_the_shortest_class_that_holds_it(need: int, number: int | None) -> None:
     assert length_class(need, CLASSES) == number
 
