@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quantization", choices=get_args(Quantization))
     parser.add_argument("--slots", type=int, help="sequences decoded together (default: 8)")
     parser.add_argument("--max-len", type=int, help="tokens per slot (default: as many as fit)")
+    parser.add_argument("--slot-lengths", help="slots by length, such as 2048x12,16384x1 (default: computed)")
+    parser.add_argument("--draft-tokens", help="tokens guessed and tried in one step, 0 to 8, or auto")
     parser.add_argument("--threads", type=int, help="CPU threads per process")
     parser.add_argument("--name", help="name before the @ in Flower (default: gpu0, gpu1, ..., cpu0)")
     return parser

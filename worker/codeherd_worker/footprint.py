@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from codeherd_worker.engine.linears import join
+from codeherd_worker.engine.linears import can_pack, is_dense, join
 from codeherd_worker.engine.loading import LoadedModel, size_of
 from codeherd_worker.engine.rounding import even_rows
 from codeherd_worker.memory import (
@@ -110,16 +110,11 @@ def weight_bytes(model: nn.Module) -> dict[torch.device, int]:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Return the bytes of the second copy that a CPU's engine makes of dense weights (`engine.linears`).
-
-    At most: a CPU without kernels for a 16-bit type makes none of weights in it.
-    """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return 0
+    """Return the bytes of the second copy that a CPU's engine makes of dense weights (`engine.linears`)."""
     return sum(
         module.weight.nbytes
         for module in model.modules()
-        if type(module) is nn.Linear and type(module.weight.data) is torch.Tensor
+        if isinstance(module, nn.Linear) and is_dense(module) and can_pack(module.weight)
     )
 
 

@@ -185,16 +185,16 @@ class Telemetry:
 
 def _shapes(engine: Engine, classes: Sequence[SlotClass]) -> dict[str, Any]:
     """Return what decides which places of the cache a token may attend to."""
-    passes = engine._decoder.passes  # noqa: SLF001 -- read-only, settled by the warm-up
+    shapes = engine.shapes
     return {
-        "granule": passes.granule,
-        "prefill_chunk": passes.prefill_chunk,
-        "draft_tokens": passes.draft_tokens,
-        "drafts_are_optional": passes.drafts_are_optional,
+        "granule": shapes.granule,
+        "prefill_chunk": shapes.prefill_chunk,
+        "draft_tokens": shapes.draft_tokens,
+        "drafts_are_optional": shapes.drafts_are_optional,
         "classes": [
             # The spare places of a slot begin where no read goes.
-            asdict(part) | {"spare": room.readable_len, "kv_lengths": list(reads)}
-            for part, room, reads in zip(classes, passes.cache.rooms, passes.kv_lengths, strict=True)
+            asdict(part) | {"spare": spare, "kv_lengths": list(reads)}
+            for part, spare, reads in zip(classes, shapes.spares, shapes.kv_lengths, strict=True)
         ],
     }
 

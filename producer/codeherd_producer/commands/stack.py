@@ -35,6 +35,8 @@ worker_options = options(
     ),
     click.option("--slots", type=int, metavar="N", help="Jobs decoded together [8]."),
     click.option("--max-len", type=int, metavar="N", help="Tokens per slot [as many as fit]."),
+    click.option("--slot-lengths", metavar="LIST", help="Slots by length: `2048x12,16384x1` [computed]."),
+    click.option("--draft-tokens", metavar="N", help="Tokens guessed and tried in one step [auto]."),
     click.option("--threads", type=int, metavar="N", help="CPU threads per process [an even share]."),
 )
 

@@ -33,6 +33,7 @@ from codeherd_worker.engine.decode import SlotDecoder
 from codeherd_worker.engine.drafts import PromptLookup
 from codeherd_worker.engine.faults import is_out_of_memory, is_sticky
 from codeherd_worker.engine.loading import quantization_of
+from codeherd_worker.engine.passes import Shapes
 from codeherd_worker.engine.probes import RowChecks
 from codeherd_worker.engine.scheduler import Ended, Scheduler
 from codeherd_worker.engine.sequences import Sequence, SequenceOutcome, SequenceRequest
@@ -209,6 +210,11 @@ class Engine:
     def broken(self) -> bool:
         """Whether a pass of the model failed; nothing can be submitted any more."""
         return self._failure is not None
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of passes and steps; settled by `warm_up`."""
+        return self._decoder.passes.shapes
 
     def warm_up(self) -> RowChecks:
         """Run every shape once, so that the first sequence pays for nothing; before `start`."""

@@ -46,13 +46,13 @@ def join(modules: Sequence[nn.Linear]) -> Linear:
     Args:
         modules: `nn.Linear`, or what a quantization library put in its place.
     """
-    if not all(_is_dense(module) for module in modules):
+    if not all(is_dense(module) for module in modules):
         return _Modules(modules)
     weight, bias = _joined_parameters(modules)
-    return _Packed(weight, bias) if _can_pack(weight) else _Dense(weight, bias)
+    return _Packed(weight, bias) if can_pack(weight) else _Dense(weight, bias)
 
 
-def _can_pack(weight: torch.Tensor) -> bool:
+def can_pack(weight: torch.Tensor) -> bool:
     """Whether oneDNN multiplies this type on this CPU."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
@@ -68,7 +68,8 @@ def _can_pack(weight: torch.Tensor) -> bool:
             return False
 
 
-def _is_dense(module: nn.Linear) -> bool:
+def is_dense(module: nn.Module) -> bool:
+    """Whether a module is a plain matrix, which may be joined with others and packed."""
     # Subclasses hold quantized weights, and so does a plain Linear whose weight is a tensor subclass.
     return type(module) is nn.Linear and type(module.weight.data) is torch.Tensor
 

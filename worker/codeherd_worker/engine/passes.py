@@ -15,6 +15,7 @@ What a row computes must not depend on its neighbours, so only shapes are used w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import LlamaForCausalLM
@@ -29,6 +30,19 @@ from codeherd_worker.engine.slot_classes import SlotClass
 
 #: Tokens. A granule is the first of these whose bits do not depend on its place in a pass.
 GRANULES = (32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The shapes in use, for people who look."""
+
+    granule: int
+    prefill_chunk: int
+    draft_tokens: int
+    drafts_are_optional: bool
+    #: Per class: how far its slots may be read, ascending, and where their spare places begin.
+    kv_lengths: tuple[tuple[int, ...], ...]
+    spares: tuple[int, ...]
 
 
 class Passes:
@@ -90,6 +104,18 @@ class Passes:
         self.graphs = StepGraphs(self.device)
         self._group = forward.heads // forward.key_heads
         self._scale = forward.head_size**-0.5
+
+    @property
+    def shapes(self) -> Shapes:
+        """What is in use now; settled by the warm-up."""
+        return Shapes(
+            granule=self.granule,
+            prefill_chunk=self.prefill_chunk,
+            draft_tokens=self.draft_tokens,
+            drafts_are_optional=self.drafts_are_optional,
+            kv_lengths=self.kv_lengths,
+            spares=tuple(room.readable_len for room in self.cache.rooms),
+        )
 
     def row_count(self, rows: int) -> int:
         """Return how many rows a step has that needs so many."""
