@@ -151,7 +151,7 @@ def measure(cases: Sequence[Case], deadline: float, results: Results) -> Iterato
     for _, group in groupby(cases, key=lambda case: (case.shape, case.quantization, _family(case))):
         left = list(group)
         while left and time.monotonic() < deadline - _LEAST_S:
-            for case, answer in _run(left, deadline):
+            for case, answer in _run(tuple(left), deadline):
                 left.remove(case)
                 _keep(case, answer, results)
                 yield
@@ -161,7 +161,7 @@ def measure(cases: Sequence[Case], deadline: float, results: Results) -> Iterato
 
 def _family(case: Case) -> str:
     """Return which cases may follow each other in one process: a peer leaves threads and caches behind."""
-    return "codeherd" if case.system.startswith("codeherd") else case.system
+    return "codeherd" if case.system.startswith(("codeherd", "ceilings")) else case.system
 
 
 def _run(cases: Sequence[Case], deadline: float) -> Iterator[tuple[Case, dict[str, Any]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -21,6 +22,8 @@ from benchmarks.soak import TINY_FOLDER, Answer, Recipe, Recipes
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from codeherd_worker.engine.engine import Engine, EngineSettings
+from codeherd_worker.engine.prompts import Prompt
+from codeherd_worker.engine.sampling import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome
 from codeherd_worker.engine.vocabulary import Vocabulary
 
@@ -99,6 +102,24 @@ def recipes(count: int, *, seed: int) -> list[Recipe]:
     return list(islice(fitting, count))
 
 
+def read_length_recipes(count: int, *, seed: int, tokens: tuple[int, int]) -> list[Recipe]:
+    """Return jobs with prompts of so many tokens and five log-probabilities a token: bits that part show."""
+    rng, ids = random.Random(seed), VOCABULARY.encode(Path(textwrap.__file__).read_text(encoding="utf-8"))
+    found = []
+    for _ in range(count):
+        length = rng.randint(*tokens)
+        start = rng.randrange(len(ids) - length)
+        prompt = Prompt(
+            token_ids=tuple(ids[start : start + length]),
+            stop_ids=frozenset(),
+            stop_strings=(),
+            strip_first_space=False,
+            newline="\n",
+        )
+        found.append(Recipe(prompt, SamplingParams(logprobs=5), max_new_tokens=8))
+    return found
+
+
 def _need(recipe: Recipe) -> int:
     return len(recipe.prompt.token_ids) + recipe.max_new_tokens
 
@@ -108,9 +129,12 @@ def answer_alone(engine: Engine, jobs: Iterable[Recipe]) -> list[Answer]:
     return [Answer.of(engine.submit(job.request(VOCABULARY)).result(timeout=PATIENCE_S)) for job in jobs]
 
 
-def shuffled(jobs: Sequence[Recipe], *, seed: int) -> list[tuple[int | None, Recipe]]:
-    """Put jobs in a random order with half as many others, which have no number, between them."""
-    noise = recipes(len(jobs) // 2, seed=1000 + seed)
+def shuffled(
+    jobs: Sequence[Recipe], *, seed: int, noise: Sequence[Recipe] | None = None
+) -> list[tuple[int | None, Recipe]]:
+    """Put jobs in a random order with others, which have no number, between them: half as many by default."""
+    if noise is None:
+        noise = recipes(len(jobs) // 2, seed=1000 + seed)
     order: list[tuple[int | None, Recipe]] = [*enumerate(jobs), *((None, job) for job in noise)]
     random.Random(seed).shuffle(order)
     return order

@@ -154,7 +154,7 @@ def test_a_row_with_bad_numbers_harms_no_other() -> None:
 
     expected = decode(start())
     said = start()
-    keys, _ = decoder.cache.read(1, 0, 1, 64)
+    keys, _ = decoder.cache.read(0, 0, 1, 64)
     keys.fill_(float("nan"))
     poisoned = decode(said)
     decoder.wipe(0)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from codeherd_worker.engine import attention, forward
-from codeherd_worker.engine.linears import Linear
+from codeherd_worker.engine.linears import Linear, join
 
 #: Adds something to an output, (T, out), in place.
 DisturbRows = Callable[[torch.Tensor], None]
@@ -43,9 +43,8 @@ class Disturbed:
 
 def disturb_linears(patch: pytest.MonkeyPatch, disturb: DisturbRows) -> None:
     """Let every matrix of models that are prepared from here on round as `disturb` says."""
-    join = forward.join
 
-    def disturbed(modules: Sequence[nn.Module]) -> Linear:
+    def disturbed(modules: Sequence[nn.Linear]) -> Linear:
         return Disturbed(join(modules), disturb)
 
     patch.setattr(forward, "join", disturbed)

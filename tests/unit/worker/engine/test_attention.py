@@ -190,6 +190,18 @@ def test_equal_rows_give_equal_bits(key_heads: int, group: int, drafted: int, dt
     assert torch.equal(output, output[:1].expand_as(output))
 
 
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("draft_tokens", [1, 2, 3])
+def test_equal_rows_give_equal_bits_beside_room_for_drafts(group: int, draft_tokens: int) -> None:
+    cache = make_cache()
+    cache.fill_alike(torch.Generator().manual_seed(0))
+    alike: Tokens = tuple(part.repeat(4, 1, 1) for part in make_tokens(1, group))  # type: ignore[assignment]
+
+    output = decode(cache, alike, [[100]] * 4, [Run(0, 4, 128)], rows=group * (1 + draft_tokens))
+
+    assert torch.equal(output, output[:1].expand_as(output))
+
+
 @pytest.mark.parametrize("group", [1, 3, 4])
 def test_a_tokens_bits_do_not_depend_on_which_runs_share_its_step(group: int) -> None:
     tokens = make_tokens(4, group)
@@ -238,7 +250,7 @@ def test_a_granules_bits_do_not_depend_on_what_shares_its_pass(group: int) -> No
             if stretches and stretches[-1].slot == slot:
                 begin = stretches.pop().start
             stretches.append(Stretch(slot, begin, end, 128))
-        return list(prefill(make_cache(), own, positions, stretches).split(GRANULE))
+        return list(torch.split(prefill(make_cache(), own, positions, stretches), GRANULE))
 
     whole = attended([(0, 1, 0), (1, 1, 32), (2, 3, 0), (3, 0, 96)])
 

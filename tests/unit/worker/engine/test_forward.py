@@ -168,7 +168,7 @@ def test_a_token_turns_by_its_position_and_not_by_its_place_in_the_pass() -> Non
         logits = forward(torch.tensor(prompt), places, WholePrompt())
         keys: list[torch.Tensor] = []
 
-        def keep(_layer: int, query: torch.Tensor, key: torch.Tensor, _value: torch.Tensor) -> torch.Tensor:
+        def keep(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys.append(key.clone())
             return query.flatten(1)
 

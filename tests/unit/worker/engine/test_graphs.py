@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.graphs import StepGraphs
+from codeherd_worker.engine.layouts import lay_out_step
 from codeherd_worker.engine.probes import _Probes
 from codeherd_worker.engine.sampling import SamplingParams
 from codeherd_worker.engine.sequences import SequenceRequest
@@ -171,18 +172,18 @@ def test_replayed_steps_say_what_steps_say(
     assert len(replays) == engine.stats().steps
 
 
-def test_every_place_of_a_slot_has_a_graph(
-    start_engine: StartEngine, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = start_engine(MIXED, graphs=True)
-    passes = engine._decoder.passes
-    monkeypatch.setattr(passes, "_compute", None)  # a step without a graph would call it
-    new_tokens = MIXED[-1].length - 64 - 4
-    engine.submit(request(0, MIXED[0].length - 4))
+def test_every_place_of_a_slot_has_a_graph(start_engine: StartEngine, cuda: FakeCuda) -> None:
+    passes = start_engine(MIXED, graphs=True)._decoder.passes
+    layout = lay_out_step((), passes.rows, passes.cache, CPU)
 
-    (answer,) = answers(engine, [0], new_tokens)
+    shapes = {
+        (torch.Size([passes.rows, 1]), tuple(passes._reads(layout, {slot: tokens})))
+        for slot, room in ((0, MIXED[0]), (2, MIXED[1]))
+        for tokens in range(1, room.length + 1)
+    }
 
-    assert len(answer) == new_tokens
+    assert len(shapes) == passes.graphs.captures
+    assert all(shape in passes.graphs for shape in shapes)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["computed", "replayed"])
