@@ -40,6 +40,9 @@ class DeviceGroup:
             # OpenMP threads that spin while they wait starve whatever shares the cores: a step took
             # 40.8 ms instead of 3.6 on a busy machine.
             pinned["OMP_WAIT_POLICY"] = "PASSIVE"
+        else:
+            # Weights are joined after loading, which leaves holes that nothing else would fit.
+            pinned["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         return pinned
 
 

@@ -91,8 +91,8 @@ def shape_of(model: LlamaForCausalLM, *, is_quantized: bool) -> ModelShape:
         key_heads=config.num_key_value_heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab=config.vocab_size,
-        # The cache is held in the head's type too (`engine.forward`).
-        dtype_bytes=model.lm_head.weight.dtype.itemsize,
+        # The cache is held in the head's type; on a CPU in float32, as all that attention needs.
+        dtype_bytes=4 if model.lm_head.weight.device.type == "cpu" else model.lm_head.weight.dtype.itemsize,
         is_quantized=is_quantized,
     )
 

@@ -21,8 +21,8 @@ The rule. Jobs need slots of different lengths, and a long slot is cheap to have
        even that is less than `STEP` each, the plan does not fit.
 A job may use a slot of any longer class, so the order of lengths costs no job its turn.
 
-Every slot takes `ROW_ALIGNMENT` tokens beyond its length, which nobody reads (`engine.cache`), and idle
-rows, where the device needs some to round alike, are as long as the shortest slots.
+Every slot takes `SPARE_TOKENS` beyond its length, which nobody reads (`engine.cache`); idle rows, where
+the device needs some to round alike, take a block of `KV_BLOCK` and the same.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from codeherd_schema.errors import CodeherdError, InvalidSetting, OutOfMemory
-from codeherd_worker.engine.cache import ROW_ALIGNMENT
-from codeherd_worker.engine.layouts import KV_BLOCK
+from codeherd_worker.engine.cache import KV_BLOCK, SPARE_TOKENS
 from codeherd_worker.engine.slot_classes import SlotClass
 
 #: Share of a GPU's memory that is left alone: the CUDA context, fragments, other small programs.
@@ -207,43 +206,42 @@ def choose_classes(tokens: int, *, slots: int, window: int, idle_rows: int = 0) 
         tokens: that the cache may hold, spare ones too.
         slots: how many sequences share it.
         window: tokens of the longest one.
-        idle_rows: further rows, as long as the shortest slots.
+        idle_rows: further rows, which hold nothing.
     """
-    rows = slots + idle_rows
-    room = tokens - rows * ROW_ALIGNMENT
-    if rows * _aligned(window) <= room:
+    room = tokens - slots * SPARE_TOKENS - idle_rows * (KV_BLOCK + SPARE_TOKENS)
+    if slots * _aligned(window) <= room:
         return (SlotClass(window, slots),)
-    has_room_beside = room - _aligned(window) >= (rows - 1) * STEP
+    has_room_beside = room - _aligned(window) >= (slots - 1) * STEP
     longest = window if has_room_beside else _whole_steps(room // 2)
     middles = (slots - 1) // MIDDLE_EVERY
     shorts = slots - 1 - middles
     left = room - _aligned(longest)
-    short = _whole_steps(left // (shorts + idle_rows + MIDDLE * middles)) if shorts else 0
+    short = _whole_steps(left // (shorts + MIDDLE * middles)) if shorts else 0
     if short < STEP:
-        return _alike(room, slots, rows, window)
+        return _alike(room, slots, window)
     middle = short
     if middles:
-        middle = min(_whole_steps((left - short * (shorts + idle_rows)) // middles), longest)
-    short = min(_whole_steps((left - _aligned(middle) * middles) // (shorts + idle_rows)), longest)
+        middle = min(_whole_steps((left - short * shorts) // middles), longest)
+    short = min(_whole_steps((left - _aligned(middle) * middles) // shorts), longest)
     counts = Counter({longest: 1})
     counts[middle] += middles
     counts[short] += shorts
     return tuple(SlotClass(length, count) for length, count in sorted(counts.items()) if count)
 
 
-def _alike(room: int, slots: int, rows: int, window: int) -> tuple[SlotClass, ...]:
-    length = min(_whole_steps(room // rows), window)
+def _alike(room: int, slots: int, window: int) -> tuple[SlotClass, ...]:
+    length = min(_whole_steps(room // slots), window)
     if length < STEP:
         return ()
-    longer = min((room - length * rows) // STEP, slots - 1) if length + STEP <= window else 0
+    longer = min((room - length * slots) // STEP, slots - 1) if length + STEP <= window else 0
     classes = (SlotClass(length, slots - longer),)
     return (*classes, SlotClass(length + STEP, longer)) if longer else classes
 
 
 def cache_tokens(classes: Sequence[SlotClass], idle_rows: int = 0) -> int:
     """Return how many tokens a cache of these classes allocates, spare ones and idle rows too."""
-    own = sum((_aligned(part.length) + ROW_ALIGNMENT) * part.slots for part in classes)
-    return own + (_aligned(classes[0].length) + ROW_ALIGNMENT) * idle_rows
+    own = sum((_aligned(part.length) + SPARE_TOKENS) * part.slots for part in classes)
+    return own + (KV_BLOCK + SPARE_TOKENS) * idle_rows
 
 
 def activation_bytes(
@@ -285,7 +283,7 @@ def spell(classes: Sequence[SlotClass]) -> str:
 
 
 def _aligned(length: int) -> int:
-    return -(-length // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return -(-length // KV_BLOCK) * KV_BLOCK
 
 
 def _whole_steps(tokens: int) -> int:

@@ -70,14 +70,14 @@ class DecodeAttention:
             positions: (B, S) int64, each token's place: it attends this one and all before it.
             runs: which slots take part, B in all, in order.
             group: query heads per key head.
-            rows: fewest query rows per key head; repeated rows fill up.
+            rows: fewest query rows per key head; repeated rows fill up to an even number.
             scale: factor on the scores.
         """
         self._cache, self._destination, self._scale = cache, destination, scale
         self._group = group
         self._drafted = positions.shape[1]
-        present = group * self._drafted
-        self._rows = max(rows, present + present % 2)
+        wanted = max(rows, group * self._drafted)
+        self._rows = wanted + wanted % 2
         # Per run: its slots, its rows of the batch, its mask.
         self._parts: list[tuple[Run, slice, torch.Tensor]] = []
         start = 0
@@ -224,8 +224,7 @@ def _attend(
     scale: float,
 ) -> torch.Tensor:
     """Attend (B, K, n, D) queries with at least `rows` query rows per key head."""
-    present = query.shape[2]
-    attended = functional.scaled_dot_product_attention(
-        _fill_up(query, rows), keys, values, attn_mask=mask, scale=scale
-    )
-    return attended[:, :, :present]
+    present, dtype = query.shape[2], query.dtype
+    query = _fill_up(query, rows).to(keys.dtype)
+    attended = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    return attended[:, :, :present].to(dtype)

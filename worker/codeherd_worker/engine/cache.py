@@ -17,9 +17,12 @@ import torch
 
 from codeherd_worker.engine.slot_classes import SlotClass
 
-#: Tokens. Rows start at multiples of this many tokens: CPU kernels may round differently when the
-#: same numbers lie at another alignment, and CUDA kernels want masks in multiples of 8.
-ROW_ALIGNMENT = 16
+#: Tokens. Reads end at multiples of this many: CPU attention sums blocks of 512 keys, a block that is masked
+#: as a whole adds exactly nothing, and a block of another size may round differently.
+KV_BLOCK = 512
+#: Tokens per slot beyond what is read. A multiple of 16 of them keeps slots aligned alike: CPU kernels may
+#: round differently when the same numbers lie at another alignment.
+SPARE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,13 @@ class Room:
     #: First slot, and one past the last.
     start: int
     end: int
-    #: Tokens that a read may cover: the class's length rounded up.
+    #: Tokens that a read may cover: the class's length, rounded up to whole blocks.
     readable_len: int
 
     @property
     def capacity(self) -> int:
         """Tokens per slot with the spare ones."""
-        return self.readable_len + ROW_ALIGNMENT
+        return self.readable_len + SPARE_TOKENS
 
 
 class SlotCache:
@@ -57,7 +60,7 @@ class SlotCache:
             classes: how many slots of which length, in slot order.
             key_heads: K, heads of keys and values.
             head_size: D.
-            dtype: of the keys and values that the model produces.
+            dtype: in which keys and values are held.
             layer_devices: where each layer computes, in layer order.
             is_token_major: whether a token's heads lie side by side, as CUDA's variable-length kernels
                 want, or a head's tokens, which CPU kernels read faster.
@@ -80,7 +83,7 @@ class SlotCache:
         self._bases = bases.to(layer_devices[0])
         self._starts: list[int] = starts.tolist()
         #: (slots,) int64, on the first layer's device: `spare_of` each slot.
-        self.spares = (capacities - ROW_ALIGNMENT).to(layer_devices[0])
+        self.spares = (capacities - SPARE_TOKENS).to(layer_devices[0])
         # (2, rows, width) per layer: keys and values.
         self._flat = [torch.zeros(2, rows, width, dtype=dtype, device=device) for device in layer_devices]
         # Per room and layer, the same memory as (slots, K, capacity, D).
@@ -119,8 +122,8 @@ class SlotCache:
         """Store new keys and values, (T, K, D) each, where `destinations` says; no other place changes."""
         keys, values = self._flat[layer]
         width = keys.shape[-1]
-        keys.index_copy_(0, destination, key.reshape(-1, width))
-        values.index_copy_(0, destination, value.reshape(-1, width))
+        keys.index_copy_(0, destination, key.reshape(-1, width).to(keys.dtype))
+        values.index_copy_(0, destination, value.reshape(-1, width).to(values.dtype))
 
     def read(self, layer: int, start: int, count: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of neighbouring slots of one class, (count, K, kv_len, D) each."""
@@ -150,13 +153,13 @@ class SlotCache:
                 part.zero_()
 
     def fill_alike(self, generator: torch.Generator) -> None:
-        """Give all slots the same random content, for checks that compare slots."""
+        """Give all slots the same random content, made on the generator's device."""
         longest = max(room.capacity for room in self.rooms)
         for layer in range(len(self._flat)):
             pair = (self._keys, self._values)
             for views in pair:
                 _, heads, _, size = views[0][layer].shape
-                row = torch.randn(heads, longest, size, generator=generator)
+                row = torch.randn(heads, longest, size, generator=generator, device=generator.device)
                 for room, view in zip(self.rooms, views, strict=True):
                     part = row[:, : room.capacity].to(view[layer].device, view[layer].dtype)
                     view[layer].copy_(part.expand_as(view[layer]))
@@ -180,7 +183,7 @@ class SlotCache:
 def _rooms(classes: Sequence[SlotClass]) -> list[Room]:
     rooms, start = [], 0
     for part in classes:
-        readable_len = -(-part.length // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        readable_len = -(-part.length // KV_BLOCK) * KV_BLOCK
         rooms.append(Room(start, start + part.slots, readable_len))
         start += part.slots
     return rooms

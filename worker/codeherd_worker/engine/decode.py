@@ -18,6 +18,7 @@ from codeherd_worker.engine.passes import Passes
 from codeherd_worker.engine.sampling import Sampled, SamplingParams, SlotSampler
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.tokens import NOT_FINITE, Pending
+from codeherd_worker.engine.uploads import upload
 
 
 class SlotDecoder:
@@ -44,10 +45,10 @@ class SlotDecoder:
         self.device = self.passes.device
         self.draft_tokens = draft_tokens
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
-        #: Per class, the slots that may be used: idle rows beyond them are none's.
+        #: Per class, its slots; idle rows have a class of their own, which is none's.
         self.slots_of_class = tuple(
             tuple(range(room.start, room.start + part.slots))
-            for room, part in zip(self.cache.rooms, classes, strict=True)
+            for room, part in zip(self.cache.rooms, classes, strict=False)
         )
         rows = self.passes.rows
         self._sampler = SlotSampler(rows=rows, vocab_size=self.vocab_size, device=self.device)
@@ -69,6 +70,7 @@ class SlotDecoder:
             "rows": passes.rows,
             "prefill_chunk": passes.prefill_chunk,
             "granule": passes.granule,
+            "query_rows": passes.query_rows,
             "draft_tokens": 0 if passes.drafts_are_optional else self.draft_tokens,
         }
 
@@ -122,12 +124,11 @@ class SlotDecoder:
         Returns:
             The first new token of each prompt that ends here, which makes its slot live; None if none does.
         """
-        logits, rows = self.passes.prefill(pieces)
+        logits, rows, slots = self.passes.prefill(pieces)
         ends = {piece.slot: piece.end for piece in pieces if piece.ends}
         if not ends:
             return None
-        slots = rows.tolist()
-        places = torch.tensor([ends[slot] for slot in slots], device=self.device)
+        places = upload([ends[slot] for slot in slots], self.device)
         sampled = self._sample(logits, places[:, None], rows)
         self._token_ids[rows] = sampled.tokens.clamp(min=0)
         self._positions[rows] = places
@@ -207,12 +208,9 @@ class SlotDecoder:
             is_seen[slot, : len(ids) - 1] = True
             self._next_position[slot] += len(ids)
         self._sampler.observe(seen.to(self.device), is_seen.to(self.device))
-        slots = torch.tensor(list(accepted), device=self.device)
-        last = [ids[-1] for ids in accepted.values()]
-        self._token_ids[slots] = torch.tensor(last, device=self.device)
-        self._positions[slots] = torch.tensor(
-            [self._next_position[slot] for slot in accepted], device=self.device
-        )
+        slots = upload(list(accepted), self.device)
+        self._token_ids[slots] = upload([ids[-1] for ids in accepted.values()], self.device)
+        self._positions[slots] = upload([self._next_position[slot] for slot in accepted], self.device)
 
     def _laid_out(self) -> StepLayout:
         if self._layout is None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -403,15 +404,27 @@ def _facts(model: LlamaForCausalLM, decoder: SlotDecoder, settings: EngineSettin
     facts |= {
         "quantization": quantization_of(model),
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
         "slots": " ".join(f"{part.slots}x{part.length}" for part in settings.classes),
         **decoder.facts,
     }
-    if not is_cuda:
+    if is_cuda:
+        facts["cuda"] = str(torch.version.cuda)
+    else:
         # CPU kernels differ by instruction set, and share rows among threads.
         facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         facts["threads"] = torch.get_num_threads()
     return facts
+
+
+def _cpu_name() -> str:
+    """Return what the processor calls itself: libraries choose kernels by maker and model too."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _digest(facts: dict[str, str | int]) -> str:

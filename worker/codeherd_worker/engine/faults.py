@@ -5,6 +5,8 @@ Owns: which failures leave the device usable. Does not decide what follows (`sch
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 
 #: What libraries on top of CUDA say, in plain RuntimeErrors.
@@ -30,3 +32,10 @@ def is_sticky(error: BaseException) -> bool:
     if isinstance(error, torch.AcceleratorError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _STICKY_WORDS)
+
+
+def release_memory(error: BaseException) -> None:
+    """Give back what a pass held that ran out of memory: the frames of its traceback hold its tensors."""
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

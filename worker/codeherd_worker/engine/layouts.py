@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from codeherd_worker.engine.attention import Stretch
-from codeherd_worker.engine.cache import SlotCache
+from codeherd_worker.engine.cache import KV_BLOCK, SlotCache
+from codeherd_worker.engine.uploads import upload
 
-#: Tokens; reads up to this long come in steps of `_KV_STEP`, longer ones in steps of this. CPU attention
-#: sums blocks of 512 keys: a block that is masked as a whole adds exactly nothing, while a shorter read
-#: may round differently (256 did at head size 128), which is tried before it is used.
-KV_BLOCK = 512
+#: Tokens. Reads within the first block come in such steps; which of them round as longer reads do, is tried.
 _KV_STEP = 64
 #: Read lengths of one class, at most about so many: each is tried at the start.
 _MOST_KV_LENGTHS = 24
@@ -120,8 +118,8 @@ def lay_out_step(live: Collection[int], rows: int, cache: SlotCache, device: tor
     )
     chosen |= set(idle[: max(0, rows - len(chosen))])
     slots = sorted(chosen)
-    index = torch.tensor(slots, device=device)
-    is_live = torch.tensor([slot in live for slot in slots], device=device)
+    index = upload(slots, device)
+    is_live = upload([slot in live for slot in slots], device)
     return StepLayout(
         slots=[slot if slot in live else -1 for slot in slots],
         runs=_neighbours(slots, cache),

@@ -152,6 +152,8 @@ class _Modules:
         self._modules = tuple(modules)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        # bitsandbytes 0.50.2 takes int8's input by its address alone.
+        rows = rows.contiguous()
         if len(self._modules) == 1:
             output: torch.Tensor = self._modules[0](rows)
             return output

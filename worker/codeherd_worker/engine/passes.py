@@ -22,14 +22,18 @@ from transformers import LlamaForCausalLM
 
 from codeherd_worker.engine import rounding
 from codeherd_worker.engine.attention import DecodeAttention, PrefillAttention, Run
-from codeherd_worker.engine.cache import SlotCache
+from codeherd_worker.engine.cache import KV_BLOCK, SlotCache
 from codeherd_worker.engine.forward import LlamaForward
 from codeherd_worker.engine.graphs import StepGraphs
-from codeherd_worker.engine.layouts import KV_BLOCK, Piece, StepLayout, kv_lengths, lay_out_pass
+from codeherd_worker.engine.layouts import PassLayout, Piece, StepLayout, kv_lengths, lay_out_pass
 from codeherd_worker.engine.slot_classes import SlotClass
+from codeherd_worker.engine.uploads import upload
 
 #: Tokens. A granule is the first of these whose bits do not depend on its place in a pass.
 GRANULES = (32, 64, 128)
+#: Tokens per row for which a CPU's attention has room in any case: engines with few drafts or none then
+#: give the same bits, and keys are what it waits for.
+_CPU_ROW_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +91,38 @@ class Passes:
         fitting = [size for size in GRANULES if self.prefill_chunk % size == 0]
         self.granule, self.pass_lengths = rounding.pass_lengths(self.linears, self.prefill_chunk, fitting)
         # On a GPU one row costs what many do, and a captured graph has one shape.
-        counts = range(1, self.rows + 1) if self.device.type == "cpu" else [self.rows]
+        is_cpu = self.device.type == "cpu"
+        counts = _row_counts(self.rows) if is_cpu else [self.rows]
         self.row_counts = tuple(rounding.agreeing_rows(self.linears, self.rows, counts))
         if self.rows not in self.row_counts:
             self.row_counts = (self.rows,)
-        idle = SlotClass(classes[0].length, classes[0].slots + self.rows - slots)
+        # Idle rows need a place too, as small as can be.
+        idle = [SlotClass(KV_BLOCK, self.rows - slots)] if self.rows > slots else []
         self.cache = SlotCache(
-            [idle, *classes[1:]],
+            [*classes, *idle],
             key_heads=forward.key_heads,
             head_size=forward.head_size,
-            dtype=forward.dtype,
+            # A CPU attends in float32, see `attention.py`.
+            dtype=torch.float32 if is_cpu else forward.dtype,
             layer_devices=forward.layer_devices,
         )
         self.kv_lengths = tuple(kv_lengths(room.readable_len, self.device) for room in self.cache.rooms)
         self.drafts_are_optional = True
         self.graphs = StepGraphs(self.device)
+        self.heads, self.key_heads, self.head_size = forward.heads, forward.key_heads, forward.head_size
+        #: Of the model's own numbers; keys and values may be held in another.
+        self.dtype = forward.dtype
         self._group = forward.heads // forward.key_heads
         self._scale = forward.head_size**-0.5
+        row_tokens = max(1 + draft_tokens, _CPU_ROW_TOKENS if is_cpu else 1)
+        #: Query rows per key head of every decode step.
+        self.query_rows = -(-self._group * row_tokens // 2) * 2
+        self.first_layer_device = forward.layer_devices[0]
+        #: Copies between devices cannot be captured.
+        self.is_on_one_device = set(forward.layer_devices) == {self.device}
+        if self.device.type == "cuda":
+            # Its plans are chosen per shape, and would round accordingly.
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def shapes(self) -> Shapes:
@@ -132,7 +151,7 @@ class Passes:
 
     def prefill(
         self, pieces: Sequence[Piece], kv_len: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Compute keys and values of parts of prompts, in one pass.
 
         Args:
@@ -140,8 +159,9 @@ class Passes:
             kv_len: how far every slot is read; None: as far as it must be.
 
         Returns:
-            The logits after each piece that ends, (B, V), and the (B,) slots they belong to; B is one of
-            `row_counts`, the last rows repeat the first. If none ends, those of some token.
+            The logits after each piece that ends, (B, V), and the (B,) slots they belong to, on the device
+            and on the host; B is one of `row_counts`, the last rows repeat the first. If no piece ends,
+            those of some token.
         """
         layout = lay_out_pass(
             pieces,
@@ -150,27 +170,30 @@ class Passes:
             pass_lengths=self.pass_lengths,
             kv_len_for=self.kv_len_for if kv_len is None else lambda _tokens, _slot: kv_len,
         )
-        positions = torch.tensor(layout.positions, device=self.device)
-        written = torch.tensor(layout.written, device=self.device)
-        attention = PrefillAttention(
+        positions = upload(layout.positions, self.device)
+        attention = self.prefill_attention(layout, positions)
+        ending = [piece.slot for piece in pieces if piece.ends] or [pieces[0].slot]
+        last = layout.last or [0]
+        # The head multiplies as many rows as a decode step has: then it rounds as one.
+        missing = self.row_count(len(ending)) - len(ending)
+        wanted = upload([*last, *[last[0]] * missing], self.device)
+        token_ids = upload(layout.token_ids, self.device)
+        logits = self._forward(token_ids, positions, attention, wanted)
+        slots = [*ending, *[ending[0]] * missing]
+        return logits, upload(slots, self.device), slots
+
+    def prefill_attention(self, layout: PassLayout, positions: torch.Tensor) -> PrefillAttention:
+        """Return the attention of one prefill pass; `positions` are the layout's, on the device."""
+        written = upload(layout.written, self.device)
+        return PrefillAttention(
             self.cache,
-            destination=self.cache.destinations(
-                written[:, None], torch.tensor(layout.slots, device=self.device)
-            ),
+            destination=self.cache.destinations(written[:, None], upload(layout.slots, self.device)),
             positions=positions,
             stretches=layout.stretches,
             granule=self.granule,
             group=self._group,
             scale=self._scale,
         )
-        ending = [piece.slot for piece in pieces if piece.ends] or [pieces[0].slot]
-        last = layout.last or [0]
-        # The head multiplies as many rows as a decode step has: then it rounds as one.
-        missing = self.row_count(len(ending)) - len(ending)
-        wanted = torch.tensor([*last, *[last[0]] * missing], device=self.device)
-        token_ids = torch.tensor(layout.token_ids, device=self.device)
-        logits = self._forward(token_ids, positions, attention, wanted)
-        return logits, torch.tensor([*ending, *[ending[0]] * missing], device=self.device)
 
     def step(
         self,
@@ -244,14 +267,26 @@ class Passes:
         positions: torch.Tensor,
         written: torch.Tensor,
     ) -> torch.Tensor:
-        attention = DecodeAttention(
+        attention = self.decode_attention(layout, reads, positions, written)
+        return self._forward(token_ids.flatten(), positions.flatten(), attention)
+
+    def decode_attention(
+        self, layout: StepLayout, reads: Sequence[int], positions: torch.Tensor, written: torch.Tensor
+    ) -> DecodeAttention:
+        """Return the attention of one decode step, reading each run of slots as far as `reads` says."""
+        return DecodeAttention(
             self.cache,
             destination=self.cache.destinations(written, layout.rows),
             positions=positions,
             runs=[Run(*run, kv_len) for run, kv_len in zip(layout.runs, reads, strict=True)],
             group=self._group,
-            # Of one height whether drafts are tried or not, so that they change no bits.
-            rows=self._group * (1 + self.draft_tokens),
+            # The same whether drafts are tried or not, so that they change no bits.
+            rows=self.query_rows,
             scale=self._scale,
         )
-        return self._forward(token_ids.flatten(), positions.flatten(), attention)
+
+
+def _row_counts(rows: int) -> list[int]:
+    """Return the numbers of rows that are tried: each costs a try of every matrix."""
+    powers = {1 << exponent for exponent in range(rows.bit_length())}
+    return sorted({count for count in powers | {*range(8, rows, 8), rows} if count <= rows})

@@ -9,18 +9,23 @@ places in all slots: where bits differ that must not, the shape is not used from
 from __future__ import annotations
 
 import logging
+import random
 from dataclasses import dataclass
 
 import torch
 
 from codeherd_worker.engine import rounding
-from codeherd_worker.engine.layouts import Piece, lay_out_step
+from codeherd_worker.engine.attention import Stretch
+from codeherd_worker.engine.layouts import PassLayout, Piece, lay_out_step
 from codeherd_worker.engine.passes import Passes
+from codeherd_worker.engine.uploads import upload
 
 logger = logging.getLogger(__name__)
 
 #: The token of all tries.
 _TOKEN = 1
+#: Places per read length.
+_PLACES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ def warm_up(passes: Passes) -> RowChecks:
     probes.fill()
     rows_agree = probes.check_rows()
     drafts_agree = probes.check_drafts()
-    if passes.device.type == "cuda":
+    if passes.device.type == "cuda" and passes.is_on_one_device:
         probes.capture()
     passes.cache.clear()
     return RowChecks(
@@ -65,44 +70,60 @@ def warm_up(passes: Passes) -> RowChecks:
 class _Probes:
     def __init__(self, passes: Passes) -> None:
         self._passes = passes
+        self._random = random.Random(0)  # noqa: S311 -- places to try, no secret
+        # On the device: drawing a whole cache on the host would take minutes for a long one.
+        self._generator = torch.Generator(passes.device).manual_seed(0)
+        lengths = [reads[-1] for reads in passes.kv_lengths]
+        #: The class that all others are compared with.
+        self._longest = lengths.index(max(lengths))
 
     def fill(self) -> None:
         """Give all slots the same random past."""
-        self._passes.cache.fill_alike(torch.Generator().manual_seed(0))
+        self._passes.cache.fill_alike(self._generator)
 
     def check_granules(self) -> bool:
-        """Try one granule alone, beside others, and in passes of every length."""
+        """Try one granule alone, beside others of its own and of another slot, in passes of every length."""
         passes = self._passes
         granule, last_slot = passes.granule, passes.rows - 1
-        alone = self._prefill(Piece(0, [_TOKEN] * granule, 0, ends=True))
+        tokens = [_TOKEN + place for place in range(granule)]
+        alone = self._prefill(Piece(0, tokens, 0, ends=True))
         agree = True
         for length in passes.pass_lengths[1:]:
-            beside = Piece(0, [_TOKEN] * (length - granule), 0, ends=False)
-            if last_slot > 0 and beside.end <= passes.cache.room_of(0).readable_len:
-                shared = self._prefill(beside, Piece(last_slot, [_TOKEN] * granule, 0, ends=True))
-                agree &= torch.equal(shared, alone)
+            if length <= passes.cache.room_of(0).readable_len:
+                # The last granule is computed beside those before it, and again by itself.
+                long = (tokens * (length // granule))[:length]
+                together = self._prefill(Piece(0, long, 0, ends=True))
+                start = length - granule
+                agree &= torch.equal(self._prefill(Piece(0, tokens, start, ends=True)), together)
+                if last_slot > 0:
+                    beside = Piece(0, long[:start], 0, ends=False)
+                    shared = self._prefill(beside, Piece(last_slot, tokens, 0, ends=True))
+                    agree &= torch.equal(shared, alone)
         if not agree:
             logger.warning("granules_disagree granule=%d: prompts share no pass", granule)
             passes.granule, passes.pass_lengths = passes.prefill_chunk, (passes.prefill_chunk,)
         return agree
 
     def check_kv_lengths(self) -> bool:
-        """Drop the read lengths at which a step or a granule has other bits than at the longest."""
+        """Drop the read lengths at which attention has other bits than at the longest of all classes."""
         passes = self._passes
-        kept = tuple(
-            tuple(kv_len for kv_len in lengths if self._reads_alike(number, kv_len))
-            for number, lengths in enumerate(passes.kv_lengths)
-        )
-        agree = kept == passes.kv_lengths
+        kept = []
+        for number, lengths in enumerate(passes.kv_lengths):
+            alike = [kv_len for kv_len in lengths if self._reads_alike(number, kv_len)]
+            if lengths[-1] not in alike:
+                logger.warning("class_disagrees length=%d: a text can depend on its slot", lengths[-1])
+                alike.append(lengths[-1])
+            kept.append(tuple(alike))
+        agree = tuple(kept) == passes.kv_lengths
         if not agree:
             logger.info("kv_lengths_dropped from=%s to=%s", passes.kv_lengths, kept)
-        passes.kv_lengths = kept
+        passes.kv_lengths = tuple(kept)
         return agree
 
     def check_rows(self) -> bool:
         """Compare all rows, and the numbers of rows that a step may have."""
         passes = self._passes
-        place = passes.kv_lengths[0][-1] - 1
+        place = min(lengths[-1] for lengths in passes.kv_lengths) - 1
         alike = self._step(place, 1)
         agree = bool((alike == alike[:1]).all())
         passes.row_counts = tuple(
@@ -142,31 +163,88 @@ class _Probes:
                 passes.capture(layout, width, reads)
 
     def _reads_alike(self, number: int, kv_len: int) -> bool:
-        passes = self._passes
-        slot, longest = passes.cache.rooms[number].start, passes.kv_lengths[number][-1]
-        place = kv_len - 1
-        if not torch.equal(self._step(place, 1, {number: kv_len}), self._step(place, 1)):
-            return False
-        start = (kv_len // passes.granule - 1) * passes.granule
-        if start < 0:
-            return True
-        piece = Piece(slot, [_TOKEN] * passes.granule, start, ends=True)
-        return torch.equal(self._prefill(piece, kv_len=kv_len), self._prefill(piece, kv_len=longest))
+        """Whether attention has the bits of the longest class and read, for steps and for granules.
 
-    def _prefill(self, *pieces: Piece, kv_len: int | None = None) -> torch.Tensor:
+        Its own output is compared: whatever comes after it in 16-bit numbers hides most of what differs.
+        """
+        passes = self._passes
+        room, longest = passes.cache.rooms[number], passes.cache.rooms[self._longest]
+        farthest = passes.kv_lengths[self._longest][-1]
+        places = [kv_len - 1, *(self._random.randrange(kv_len) for _ in range(_PLACES - 1))]
+        queries = self._random_heads(_PLACES, passes.heads)
+        apart = torch.cat(
+            [
+                self._attend_step(longest.start, 1, queries[row : row + 1], [place], farthest)
+                for row, place in enumerate(places)
+            ]
+        )
+        for count in {1, room.end - room.start}:
+            rows = [row % _PLACES for row in range(count)]
+            together = self._attend_step(
+                room.start, count, queries[rows], [places[row] for row in rows], kv_len
+            )
+            if not torch.equal(together, apart[rows]):
+                return False
+        granule = passes.granule
+        last = (kv_len // granule - 1) * granule
+        if last < 0:
+            return True
+        queries = self._random_heads(granule, passes.heads)
+        for start in {last, self._random.randrange(last // granule + 1) * granule}:
+            near = self._attend_granule(room.start, queries, start, kv_len)
+            if not torch.equal(near, self._attend_granule(longest.start, queries, start, farthest)):
+                return False
+        return True
+
+    def _random_heads(self, tokens: int, heads: int) -> torch.Tensor:
+        passes = self._passes
+        shape = (tokens, heads, passes.head_size)
+        return torch.randn(shape, generator=self._generator, device=passes.device).to(passes.dtype)
+
+    def _attend_step(
+        self, start: int, count: int, queries: torch.Tensor, places: list[int], kv_len: int
+    ) -> torch.Tensor:
+        """Attend one token per slot of a run, in the first layer; return (count, H * D)."""
+        passes = self._passes
+        slots = range(start, start + count)
+        layout = lay_out_step(slots, count, passes.cache, passes.device)
+        positions = upload(places, passes.device)[:, None]
+        attention = passes.decode_attention(layout, [kv_len], positions, layout.spares[:, None])
+        keys = self._no_keys(count)
+        return attention(0, queries.to(keys.device), keys, keys).clone()
+
+    def _attend_granule(self, slot: int, queries: torch.Tensor, start: int, kv_len: int) -> torch.Tensor:
+        """Attend one granule of a slot, in the first layer; return (G, H * D)."""
+        passes = self._passes
+        granule = passes.granule
+        layout = PassLayout(
+            token_ids=[_TOKEN] * granule,
+            positions=[*range(start, start + granule)],
+            written=[passes.cache.spare_of(slot)] * granule,
+            slots=[slot] * granule,
+            stretches=[Stretch(slot, 0, granule, kv_len)],
+        )
+        attention = passes.prefill_attention(layout, upload(layout.positions, passes.device))
+        keys = self._no_keys(granule)
+        return attention(0, queries.to(keys.device), keys, keys).clone()
+
+    def _no_keys(self, tokens: int) -> torch.Tensor:
+        """Return keys that are written where nothing is read: a slot's past stays as it is."""
+        passes = self._passes
+        shape = (tokens, passes.key_heads, passes.head_size)
+        return torch.zeros(shape, dtype=passes.dtype, device=passes.first_layer_device)
+
+    def _prefill(self, *pieces: Piece) -> torch.Tensor:
         """Return the logits after the last piece, (1, V)."""
-        logits, _ = self._passes.prefill(pieces, kv_len)
+        logits, _, _ = self._passes.prefill(pieces)
         return logits[:1].clone()
 
-    def _step(
-        self, place: int, width: int, reads: dict[int, int] | None = None, rows: int | None = None
-    ) -> torch.Tensor:
+    def _step(self, place: int, width: int, rows: int | None = None) -> torch.Tensor:
         """Run a step with the same tokens at the same places in all rows; return (rows * width, V).
 
         Args:
             place: of the first token.
             width: tokens per row.
-            reads: how far the slots of some classes are read; the others as far as they can.
             rows: how many.
         """
         passes = self._passes
@@ -174,7 +252,6 @@ class _Probes:
         places = torch.full((len(layout.slots), 1), place, device=passes.device)
         places = places + torch.arange(width, device=passes.device)
         written = torch.minimum(places, layout.spares[:, None])
-        numbers = [passes.room_number(start) for start, _ in layout.runs]
-        lengths = [(reads or {}).get(number, passes.kv_lengths[number][-1]) for number in numbers]
+        reads = [passes.kv_lengths[passes.room_number(start)][-1] for start, _ in layout.runs]
         tokens = torch.full_like(places, _TOKEN)
-        return passes.run(layout, tokens, places, written, lengths).clone()
+        return passes.run(layout, tokens, places, written, reads).clone()

@@ -29,6 +29,7 @@ from typing import NamedTuple, Self
 import torch
 
 from codeherd_schema.errors import InvalidRequest
+from codeherd_worker.engine.uploads import upload
 
 #: Below this, a temperature is greedy: the quotient of a float32 logit would overflow.
 SMALLEST_TEMPERATURE = 1e-4
@@ -227,7 +228,7 @@ class SlotSampler:
         self._filters.log_min_p[row] = math.log(params.min_p) if params.min_p else -math.inf
         self._seen[row] = False
         if params.repetition_penalty != 1.0:
-            self._seen[row, torch.tensor(prompt_ids, dtype=torch.int64, device=self._seen.device)] = True
+            self._seen[row, upload(prompt_ids, self._seen.device)] = True
         self._forget_plans()
 
     def release(self, row: int) -> None:

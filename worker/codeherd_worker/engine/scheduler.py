@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from codeherd_schema.errors import CodeherdError, GenerationError, OutOfMemory
 from codeherd_worker.engine.admission import WaitingLine
 from codeherd_worker.engine.decode import SlotDecoder
-from codeherd_worker.engine.faults import is_out_of_memory
+from codeherd_worker.engine.faults import is_out_of_memory, release_memory
 from codeherd_worker.engine.layouts import Piece
 from codeherd_worker.engine.prefixes import Match, PrefixIndex
 from codeherd_worker.engine.sequences import Sequence
@@ -132,7 +132,9 @@ class Scheduler:
         self._admit()
         self._prefill()
         self._decode()
-        while len(self._pending) > (self._lag if self._decoding or self._prefilling else 0):
+        # Once nothing is live no further step comes, after which the last one would be read.
+        lag = self._lag if self._decoder.is_live else 0
+        while len(self._pending) > lag:
             self._collect()
         ended, self._ended = self._ended, []
         return ended
@@ -332,6 +334,8 @@ class Scheduler:
             for token in new:
                 # A step that was launched before its sequence ended has nothing more to say to it.
                 if self._decoding.get(slot) is not sequence:
+                    if token.id is None and slot not in self.running:
+                        self._wipe(slot)
                     break
                 if sequence.decoding_at is None:
                     sequence.decoding_at = now
@@ -340,11 +344,11 @@ class Scheduler:
     def _take(self, slot: int, sequence: Sequence, token: Token) -> None:
         """Give a sequence its next token."""
         if token.id is None:
-            self._decoder.wipe(slot)
-            self._held.drop(slot)
+            sequence.is_sound = False
             self._fail(sequence, GenerationError("the model's logits are not finite"))
             return
         self.counters.tokens += 1
+        sequence.is_sound = True
         if sequence.lookup is not None:
             sequence.lookup.extend((token.id,))
         try:
@@ -379,6 +383,7 @@ class Scheduler:
         """Fail those whose pass ran out of memory; anything else is for the engine to break on."""
         if not is_out_of_memory(cause):
             raise cause
+        release_memory(cause)
         logger.error("pass_out_of_memory sequences=%d", len(involved))
         for sequence in involved:
             error = OutOfMemory("the device ran out of memory in a step")
@@ -386,7 +391,7 @@ class Scheduler:
             self._fail(sequence, error)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Give back a sequence's slot, if it has one; what it prefilled can still be reused."""
+        """Give back a sequence's slot, if it has one; what it prefilled soundly can still be reused."""
         slot = sequence.slot
         if slot is None or self.running.get(slot) is not sequence:
             return
@@ -395,7 +400,14 @@ class Scheduler:
         self._decoding.pop(slot, None)
         self._planned.drop(slot)
         self._decoder.release(slot)
+        if not sequence.is_sound:
+            self._wipe(slot)
         self._free[self._class_of[slot]].append(slot)
+
+    def _wipe(self, slot: int) -> None:
+        """Forget what may hold numbers that are not finite: masked ones still spread."""
+        self._decoder.wipe(slot)
+        self._held.drop(slot)
 
 
 def _is_cancelled(sequence: Sequence, now: float) -> bool:

@@ -73,6 +73,8 @@ class Sequence:
     #: Prompt tokens whose keys and values are in the slot, copied ones too.
     prefilled: int = 0
     reused: int = 0
+    #: Whether the last token that came of it was a number; not before there was one.
+    is_sound: bool = False
     #: New tokens that were asked from the device.
     launched: int = 0
     admitted_at: float | None = None
