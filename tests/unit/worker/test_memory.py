@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from codeherd_schema.errors import InvalidSetting, OutOfMemory
 from codeherd_schema.models import ModelTable
-from codeherd_worker.engine.cache import ROW_ALIGNMENT
+from codeherd_worker.engine.cache import SPARE_TOKENS
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.memory import (
     CPU_RESERVE,
@@ -68,7 +68,7 @@ def plain_card(tokens: int, *, others: int = 0) -> Card:
 def test_equal_slots_on_80_gb_are_as_many_as_the_table_says(size: str, quantization: str) -> None:
     tokens = card(size, quantization).tokens
 
-    fitting = [tokens // (length + ROW_ALIGNMENT) for length in (2048, 4096, 16_384)]
+    fitting = [tokens // (length + SPARE_TOKENS) for length in (2048, 4096, 16_384)]
 
     # Rounded weights in the table: one slot more or less.
     assert all(abs(found - said) <= 1 for found, said in zip(fitting, SLOTS[size, quantization], strict=True))
@@ -108,7 +108,7 @@ def test_whatever_is_computed_fits_and_uses_the_memory(
 
     rows = slots + idle_rows
     if not classes:
-        assert tokens < rows * (max(STEP, min(window, STEP)) + ROW_ALIGNMENT)
+        assert tokens < rows * (max(STEP, min(window, STEP)) + SPARE_TOKENS)
         return
     lengths = [part.length for part in classes]
     used = cache_tokens(classes, idle_rows)
@@ -118,7 +118,7 @@ def test_whatever_is_computed_fits_and_uses_the_memory(
     assert all(length == window or length % STEP == 0 for length in lengths)
     assert lengths[-1] <= window
     if window >= 4096 and tokens >= rows * 2048 and lengths != [window] and slots > 1 and idle_rows == 0:
-        assert used >= 0.8 * min(tokens, rows * (window + ROW_ALIGNMENT))
+        assert used >= 0.8 * min(tokens, rows * (window + SPARE_TOKENS))
 
 
 @given(tokens=st.integers(20_000, 500_000), slots=st.integers(2, 64))
@@ -126,26 +126,26 @@ def test_one_slot_holds_the_window_if_the_others_can_live_beside_it(tokens: int,
     window = 16_384
     classes = choose_classes(tokens, slots=slots, window=window)
 
-    left = tokens - window - ROW_ALIGNMENT * slots
+    left = tokens - window - SPARE_TOKENS * slots
     # If the short ones have one step, the others take two on average: a quarter have four.
     if left >= (slots - 1) * 2 * STEP:
         assert classes[-1].length == window
 
 
 def test_a_window_that_fits_everywhere_gives_one_class() -> None:
-    assert choose_classes(8 * (2048 + ROW_ALIGNMENT), slots=8, window=2048) == (SlotClass(2048, 8),)
-    assert len(choose_classes(8 * (2048 + ROW_ALIGNMENT) - 1, slots=8, window=2048)) > 1
+    assert choose_classes(8 * (2048 + SPARE_TOKENS), slots=8, window=2048) == (SlotClass(2048, 8),)
+    assert len(choose_classes(8 * (2048 + SPARE_TOKENS) - 1, slots=8, window=2048)) > 1
 
 
 def test_an_odd_window_is_kept_and_its_alignment_counted() -> None:
-    assert choose_classes(1008 + ROW_ALIGNMENT, slots=1, window=1000) == (SlotClass(1000, 1),)
-    assert cache_tokens((SlotClass(1000, 2),)) == 2 * (1008 + ROW_ALIGNMENT)
+    assert choose_classes(1008 + SPARE_TOKENS, slots=1, window=1000) == (SlotClass(1000, 1),)
+    assert cache_tokens((SlotClass(1000, 2),)) == 2 * (1008 + SPARE_TOKENS)
 
 
 def test_idle_rows_are_as_long_as_the_shortest_slots() -> None:
     classes = (SlotClass(256, 3), SlotClass(1024, 1))
 
-    assert cache_tokens(classes, idle_rows=2) - cache_tokens(classes) == 2 * (256 + ROW_ALIGNMENT)
+    assert cache_tokens(classes, idle_rows=2) - cache_tokens(classes) == 2 * (256 + SPARE_TOKENS)
 
 
 def test_the_card_with_the_least_room_decides() -> None:
@@ -163,7 +163,7 @@ def test_own_classes_are_taken_as_they_are() -> None:
     plan = plan_memory([card("34b", "nf4")], slots=16, window=16_384, classes=own)
 
     assert plan.classes == own
-    assert plan.cache_bytes == 196_608 * (2048 * 12 + 4096 * 3 + 16_384 + 16 * ROW_ALIGNMENT)
+    assert plan.cache_bytes == 196_608 * (2048 * 12 + 4096 * 3 + 16_384 + 16 * SPARE_TOKENS)
 
 
 def test_own_classes_that_do_not_fit_are_refused_with_some_that_do() -> None:
@@ -263,4 +263,4 @@ def test_a_plan_tells_its_cards_and_classes_in_json_types() -> None:
     document = plan.document()
 
     assert document["classes"] == [{"length": 256, "slots": 2}]
-    assert document["cards"][0]["cache_bytes"] == plan.cache_bytes == 2 * (256 + ROW_ALIGNMENT)
+    assert document["cards"][0]["cache_bytes"] == plan.cache_bytes == 2 * (256 + SPARE_TOKENS)

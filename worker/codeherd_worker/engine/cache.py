@@ -146,6 +146,15 @@ class SlotCache:
             for old, new in zip(sources, self.read(layer, target, 1, length), strict=True):
                 new.copy_(old)
 
+    def is_finite(self, slot: int) -> bool:
+        """Whether a slot holds numbers alone; waits for the device."""
+        capacity = self._room_of[slot].capacity
+        return all(
+            bool(part.isfinite().all())
+            for layer in range(len(self._flat))
+            for part in self.read(layer, slot, 1, capacity)
+        )
+
     def wipe(self, slot: int) -> None:
         """Zero one slot. Needed after numbers that are not finite: masked NaN still spreads."""
         for layer in range(len(self._flat)):

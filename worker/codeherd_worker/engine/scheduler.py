@@ -400,7 +400,7 @@ class Scheduler:
         self._decoding.pop(slot, None)
         self._planned.drop(slot)
         self._decoder.release(slot)
-        if not sequence.is_sound:
+        if not sequence.is_sound and not self._decoder.cache.is_finite(slot):
             self._wipe(slot)
         self._free[self._class_of[slot]].append(slot)
 

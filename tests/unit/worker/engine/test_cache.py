@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codeherd_worker.engine.cache import ROW_ALIGNMENT, SlotCache
+from codeherd_worker.engine.cache import SPARE_TOKENS, SlotCache
 from codeherd_worker.engine.slot_classes import SlotClass
 
 HEADS, HEAD_SIZE, LAYERS = 2, 8, 2
@@ -136,7 +136,7 @@ def test_token_major_memory_has_a_tokens_heads_side_by_side() -> None:
     cache.write(0, cache.destinations(torch.tensor([[2]]), torch.tensor([1])), keys, values)
     flat_keys, flat_values = cache.flat(0)
 
-    row = 1 * (48 + ROW_ALIGNMENT) + 2
+    row = 1 * (48 + SPARE_TOKENS) + 2
     assert torch.equal(flat_keys[row], keys.flatten())
     assert torch.equal(flat_values[row], values.flatten())
 
@@ -163,7 +163,7 @@ def test_classes_have_the_lengths_that_they_were_given() -> None:
 
     assert rooms == [(0, 3, 48), (3, 5, 64), (5, 6, 112)]
     assert [cache.room_of(slot).readable_len for slot in range(cache.slots)] == [48, 48, 48, 64, 64, 112]
-    assert all(room.capacity % ROW_ALIGNMENT == 0 for room in cache.rooms)
+    assert all(room.capacity % SPARE_TOKENS == 0 for room in cache.rooms)
 
 
 def test_spare_positions_are_never_read(is_token_major: bool) -> None:
@@ -238,7 +238,7 @@ def test_fill_alike_makes_slots_equal_and_clear_empties_them(is_token_major: boo
 def test_cache_bytes_are_what_is_allocated(is_token_major: bool) -> None:
     cache = make_cache(is_token_major=is_token_major)
 
-    tokens = 3 * (48 + ROW_ALIGNMENT) + 2 * (64 + ROW_ALIGNMENT) + (112 + ROW_ALIGNMENT)
+    tokens = 3 * (48 + SPARE_TOKENS) + 2 * (64 + SPARE_TOKENS) + (112 + SPARE_TOKENS)
     assert cache.cache_bytes == LAYERS * 2 * tokens * HEADS * HEAD_SIZE * 4
 
 
