@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.models import CACHE, BenchModel
-from benchmarks.protocol import THREADS
+from benchmarks.protocol import SLOTS, THREADS
 from benchmarks.records import RoundRecord
 from benchmarks.systems import Entry
 from benchmarks.workloads import WARM_UP_ROUND, Builder, Workload
@@ -30,6 +30,9 @@ PATIENCE_S = 1800.0
 #: Jobs per round for a system that takes them group by group, by size of the group: its tokens per second do
 #: not depend on how many wait. Enough to be sure of, few enough that all of `make bench` takes half an hour.
 GROUPED_JOBS = {("tiny", 1): 16, ("random-110m", 1): 4, ("random-110m", 16): 32}
+
+#: New tokens of each job of the warm-up, at most.
+WARM_UP_TOKENS = 8
 
 _ROOT = Path(__file__).parent.parent
 
@@ -93,7 +96,7 @@ def hold(
         load_average = os.getloadavg()[0]
         for contender in contenders:
             tell(f"{model.name}, {warm_up.name}: warming up {contender.outcome.entry.name}")
-            contender.warm(warm_up)
+            contender.warm(warm_up.brief(SLOTS, WARM_UP_TOKENS))
         for number, workload in enumerate(asked, start=1):
             for contender in contenders:
                 contender.run(workload)
@@ -165,7 +168,7 @@ class Contender:
         self.receive()
 
     def warm(self, workload: Workload) -> None:
-        """Let the system run every shape once."""
+        """Let the system run a short workload that is not measured."""
         self.send("warm", workload=self._share(workload).to_json())
         self.receive()
 

@@ -31,7 +31,7 @@ class System(Protocol):
         ...
 
     def warm(self, workload: Workload) -> None:
-        """Run what the first round must not pay for."""
+        """Run a short workload, and whatever else the first round must not pay for."""
         ...
 
     def run(self, workload: Workload) -> list[JobRecord]:

@@ -85,6 +85,11 @@ class Workload:
         stride = len(self.jobs) / count
         return Workload(self.name, self.arrival, tuple(self.jobs[int(i * stride)] for i in range(count)))
 
+    def brief(self, count: int, new_tokens: int) -> Workload:
+        """Return a sample of `count` jobs with at most `new_tokens` each."""
+        jobs = tuple(Job(j.prompt_ids, min(j.new_tokens, new_tokens)) for j in self.sample(count).jobs)
+        return Workload(self.name, self.arrival, jobs)
+
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
         jobs = [[list(job.prompt_ids), job.new_tokens] for job in self.jobs]
@@ -119,7 +124,7 @@ _SIZES = {
         ragged_jobs=64, backfill_files=4, holes_per_file=12, file_tokens=960, long_jobs=8, single_jobs=8
     ),
     "random-110m": _Size(
-        ragged_jobs=48, backfill_files=2, holes_per_file=8, file_tokens=480, long_jobs=2, single_jobs=4
+        ragged_jobs=48, backfill_files=2, holes_per_file=8, file_tokens=480, long_jobs=1, single_jobs=4
     ),
 }
 

@@ -37,7 +37,7 @@ class System:
     def warm(self, workload: Workload) -> None:
         self._engine.warm_up()
         self._engine.start()
-        self.run(workload.sample(SLOTS))
+        self.run(workload)
 
     def run(self, workload: Workload) -> list[JobRecord]:
         if workload.arrival is Arrival.ONE_BY_ONE:

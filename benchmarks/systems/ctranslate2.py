@@ -45,7 +45,7 @@ class System:
         )
 
     def warm(self, workload: Workload) -> None:
-        self.run(workload.sample(SLOTS))
+        self.run(workload)
 
     def run(self, workload: Workload) -> list[JobRecord]:
         if workload.arrival is Arrival.ONE_BY_ONE:

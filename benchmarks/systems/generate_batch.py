@@ -46,7 +46,7 @@ class System:
 
     def warm(self, workload: Workload) -> None:
         self._manager.start()
-        self.run(workload.sample(SLOTS))
+        self.run(workload)
 
     def run(self, workload: Workload) -> list[JobRecord]:
         if workload.arrival is Arrival.ONE_BY_ONE:

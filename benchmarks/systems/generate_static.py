@@ -23,7 +23,7 @@ class System:
         self._model = load_float32(folder)
 
     def warm(self, workload: Workload) -> None:
-        self.run(workload.sample(1))
+        self.run(workload)
 
     def run(self, workload: Workload) -> list[JobRecord]:
         return run_each(workload, self._generate)

@@ -26,8 +26,7 @@ class System:
         self._model = load_float32(folder)
 
     def warm(self, workload: Workload) -> None:
-        short = [Job(job.prompt_ids, min(8, job.new_tokens)) for job in workload.jobs[:SLOTS]]
-        self.run(Workload(workload.name, workload.arrival, tuple(short)))
+        self.run(workload)
 
     def run(self, workload: Workload) -> list[JobRecord]:
         started_at = time.perf_counter()

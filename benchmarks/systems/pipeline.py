@@ -38,7 +38,7 @@ class System:
         self._pipeline = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
 
     def warm(self, workload: Workload) -> None:
-        self.run(workload.sample(1))
+        self.run(workload)
 
     def run(self, workload: Workload) -> list[JobRecord]:
         return run_each(workload, self._generate)

@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+
 from benchmarks.contest import Outcome, fault_in, hold
 from benchmarks.figures import decode_step_s, percentile
 from benchmarks.models import BenchModel, prepare

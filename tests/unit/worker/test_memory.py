@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from codeherd_schema.errors import InvalidSetting, OutOfMemory
 from codeherd_schema.models import ModelTable
-from codeherd_worker.engine.cache import SPARE_TOKENS
+from codeherd_worker.engine.cache import KV_BLOCK, SPARE_TOKENS
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.memory import (
     CPU_RESERVE,
@@ -137,15 +137,23 @@ def test_a_window_that_fits_everywhere_gives_one_class() -> None:
     assert len(choose_classes(8 * (2048 + SPARE_TOKENS) - 1, slots=8, window=2048)) > 1
 
 
-def test_an_odd_window_is_kept_and_its_alignment_counted() -> None:
-    assert choose_classes(1008 + SPARE_TOKENS, slots=1, window=1000) == (SlotClass(1000, 1),)
-    assert cache_tokens((SlotClass(1000, 2),)) == 2 * (1008 + SPARE_TOKENS)
+def test_an_odd_window_is_kept_and_its_whole_blocks_counted() -> None:
+    needed = 1024 + SPARE_TOKENS
+
+    assert choose_classes(needed, slots=1, window=1000) == (SlotClass(1000, 1),)
+    assert choose_classes(needed - 1, slots=1, window=1000) == (SlotClass(512, 1),)
+    assert cache_tokens((SlotClass(1000, 2),)) == 2 * needed
 
 
-def test_idle_rows_are_as_long_as_the_shortest_slots() -> None:
-    classes = (SlotClass(256, 3), SlotClass(1024, 1))
+@pytest.mark.parametrize("length", [256, 512, 2048])
+def test_an_idle_row_takes_one_block_however_long_slots_are(length: int) -> None:
+    classes = (SlotClass(length, 3), SlotClass(4096, 1))
+    idle = 2 * (KV_BLOCK + SPARE_TOKENS)
+    needed = 4 * (4096 + SPARE_TOKENS)
 
-    assert cache_tokens(classes, idle_rows=2) - cache_tokens(classes) == 2 * (256 + SPARE_TOKENS)
+    assert cache_tokens(classes, idle_rows=2) - cache_tokens(classes) == idle
+    assert choose_classes(needed + idle, slots=4, window=4096, idle_rows=2) == (SlotClass(4096, 4),)
+    assert len(choose_classes(needed + idle - 1, slots=4, window=4096, idle_rows=2)) > 1
 
 
 def test_the_card_with_the_least_room_decides() -> None:
@@ -263,4 +271,4 @@ def test_a_plan_tells_its_cards_and_classes_in_json_types() -> None:
     document = plan.document()
 
     assert document["classes"] == [{"length": 256, "slots": 2}]
-    assert document["cards"][0]["cache_bytes"] == plan.cache_bytes == 2 * (256 + SPARE_TOKENS)
+    assert document["cards"][0]["cache_bytes"] == plan.cache_bytes == 2 * (KV_BLOCK + SPARE_TOKENS)

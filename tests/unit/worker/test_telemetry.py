@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.sampling import SamplingParams
@@ -14,10 +15,11 @@ from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from codeherd_worker.memory import Card, MemoryPlan
 from codeherd_worker.telemetry import Identity, RateMeter, Rates, Telemetry
+from tests.unit.worker.engine.misrounding import NUDGE, disturb_linears
 from tests.unit.worker.engine.tiny_llama import random_prompt, tiny_llama
 
-CLASSES = (SlotClass(128, 2), SlotClass(512, 1))
-PLAN = MemoryPlan(CLASSES, 512, 0, (Card("cpu", 10**9, 10**9, 0.4, 123, 456, 1024),))
+CLASSES = (SlotClass(128, 2), SlotClass(600, 1))
+PLAN = MemoryPlan(CLASSES, 600, 0, (Card("cpu", 10**9, 10**9, 0.4, 123, 456, 1024),))
 IDENTITY = Identity("cpu0@host", "tiny", "codeherd.tiny", "revision", "none")
 PATIENCE_S = 60
 
@@ -131,8 +133,8 @@ def test_figures_count_what_the_engine_did() -> None:
     assert figures["tokens_per_s"] > 0
     assert 0 < figures["busy_share"] <= 1
     assert figures["memory_bytes"] > 10**6
-    assert [part["length"] for part in figures["classes"]] == [128, 512]
-    assert [part["spare"] for part in figures["classes"]] == [128, 512]
+    assert [part["length"] for part in figures["classes"]] == [128, 600]
+    assert [part["spare"] for part in figures["classes"]] == [512, 1024]
     assert all(view["name"] is None for view in figures["slot_views"])
 
 
@@ -161,6 +163,20 @@ def test_a_running_sequence_is_seen_by_its_numbers_and_name_alone() -> None:
     assert view["length"] == 128
     # As Celery sends it, and without a word of the text.
     assert "secret" not in json.dumps(looking.seen)
+
+
+def test_idle_rows_are_no_class_that_figures_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    def disturb(output: torch.Tensor) -> None:
+        if len(output) == 3:
+            output[-1] += NUDGE
+
+    disturb_linears(monkeypatch, disturb)
+    with observed() as (engine, telemetry):
+        figures = telemetry.figures()
+
+    assert engine.facts["rows"] == 4
+    assert [(part["length"], part["slots"]) for part in figures["classes"]] == [(128, 2), (600, 1)]
+    assert [view["slot"] for view in figures["slot_views"]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["granule", "prefill_chunk", "drafts_are_optional", "plan", "uptime_s"])

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codeherd_worker.engine.cache import SPARE_TOKENS, SlotCache
+from codeherd_worker.engine.cache import KV_BLOCK, SPARE_TOKENS, SlotCache
 from codeherd_worker.engine.slot_classes import SlotClass
 
 HEADS, HEAD_SIZE, LAYERS = 2, 8, 2
-#: Slots 0 to 2 hold 40 tokens (48 readable), slots 3 and 4 hold 64, slot 5 holds 100 (112 readable).
-CLASSES = (SlotClass(40, 3), SlotClass(64, 2), SlotClass(100, 1))
+#: Slots 0 to 2 hold 40 tokens (512 readable), slots 3 and 4 hold 512, slot 5 holds 700 (1024 readable).
+CLASSES = (SlotClass(40, 3), SlotClass(512, 2), SlotClass(700, 1))
 SLOTS = 6
 
 
@@ -73,7 +73,7 @@ def test_a_decode_step_is_written_at_each_slots_own_position_and_nowhere_else(is
     cache = make_cache(is_token_major=is_token_major)
     fill_differently(cache)
     before = snapshot(cache)
-    positions = [5, 0, 39, 63, 17, 99]
+    positions = [5, 0, 39, 511, 17, 699]
     keys, values = new_tokens(SLOTS)
 
     cache.write(1, cache.destinations(torch.tensor(positions)[:, None]), keys, values)
@@ -114,14 +114,14 @@ def test_a_slot_reads_back_what_was_written_whatever_lies_beside(is_token_major:
 
 def test_head_major_and_token_major_hold_the_same() -> None:
     caches = [make_cache(is_token_major=is_major) for is_major in (False, True)]
-    positions = torch.randint(0, 40, (SLOTS, 7), generator=torch.Generator().manual_seed(1))
+    positions = torch.randint(0, 500, (SLOTS, 7), generator=torch.Generator().manual_seed(1))
     # No place twice: which of two writes stays is nobody's promise.
     positions = positions.sort(-1).values + torch.arange(7)
     keys, values = new_tokens(7 * SLOTS)
 
     for cache in caches:
-        cache.write(0, cache.destinations(positions.clamp(max=47)), keys, values)
-        cache.copy_prefix(0, 3, 30)
+        cache.write(0, cache.destinations(positions), keys, values)
+        cache.copy_prefix(0, 3, 400)
         cache.wipe(1)
 
     for head_major, token_major in zip(*map(snapshot, caches), strict=True):
@@ -136,7 +136,7 @@ def test_token_major_memory_has_a_tokens_heads_side_by_side() -> None:
     cache.write(0, cache.destinations(torch.tensor([[2]]), torch.tensor([1])), keys, values)
     flat_keys, flat_values = cache.flat(0)
 
-    row = 1 * (48 + SPARE_TOKENS) + 2
+    row = 1 * (KV_BLOCK + SPARE_TOKENS) + 2
     assert torch.equal(flat_keys[row], keys.flatten())
     assert torch.equal(flat_values[row], values.flatten())
 
@@ -156,14 +156,25 @@ def test_neighbours_of_a_class_are_read_together_and_as_views(is_token_major: bo
     assert len(storages) == 1
 
 
-def test_classes_have_the_lengths_that_they_were_given() -> None:
+def test_classes_have_the_lengths_that_they_were_given_in_whole_blocks() -> None:
     cache = make_cache()
 
     rooms = [(room.start, room.end, room.readable_len) for room in cache.rooms]
 
-    assert rooms == [(0, 3, 48), (3, 5, 64), (5, 6, 112)]
-    assert [cache.room_of(slot).readable_len for slot in range(cache.slots)] == [48, 48, 48, 64, 64, 112]
+    assert rooms == [(0, 3, 512), (3, 5, 512), (5, 6, 1024)]
+    assert [cache.room_of(slot).readable_len for slot in range(cache.slots)] == [512] * 5 + [1024]
     assert all(room.capacity % SPARE_TOKENS == 0 for room in cache.rooms)
+    assert all(room.readable_len % KV_BLOCK == 0 for room in cache.rooms)
+
+
+@pytest.mark.parametrize(
+    ("length", "readable_len"), [(1, 512), (511, 512), (512, 512), (513, 1024), (1024, 1024), (1500, 1536)]
+)
+def test_a_slot_is_readable_to_the_end_of_its_last_block(length: int, readable_len: int) -> None:
+    cache = make_cache(classes=(SlotClass(length, 1),))
+
+    assert cache.rooms[0].readable_len == cache.spare_of(0) == readable_len
+    assert cache.rooms[0].capacity == readable_len + SPARE_TOKENS
 
 
 def test_spare_positions_are_never_read(is_token_major: bool) -> None:
@@ -198,6 +209,24 @@ def test_a_prefix_is_copied_bit_by_bit_to_a_slot_of_any_class(
         for place in range(32)
     }
     assert_equal_but(cache, before, places)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
+# The first token, the last that is read, and a spare one.
+@pytest.mark.parametrize("place", [0, KV_BLOCK - 1, KV_BLOCK])
+def test_a_slot_is_not_finite_where_one_number_is_not(
+    place: int, part: int, bad: float, is_token_major: bool
+) -> None:
+    cache = make_cache(is_token_major=is_token_major)
+    fill_differently(cache)
+    assert all(cache.is_finite(slot) for slot in range(SLOTS))
+
+    cache.read(LAYERS - 1, 3, 1, cache.room_of(3).capacity)[part][0, HEADS - 1, place, 1] = bad
+
+    assert [slot for slot in range(SLOTS) if not cache.is_finite(slot)] == [3]
+    cache.wipe(3)
+    assert cache.is_finite(3)
 
 
 def test_wipe_empties_one_slot_with_its_spare_positions(is_token_major: bool) -> None:
@@ -238,7 +267,7 @@ def test_fill_alike_makes_slots_equal_and_clear_empties_them(is_token_major: boo
 def test_cache_bytes_are_what_is_allocated(is_token_major: bool) -> None:
     cache = make_cache(is_token_major=is_token_major)
 
-    tokens = 3 * (48 + SPARE_TOKENS) + 2 * (64 + SPARE_TOKENS) + (112 + SPARE_TOKENS)
+    tokens = 5 * (512 + SPARE_TOKENS) + (1024 + SPARE_TOKENS)
     assert cache.cache_bytes == LAYERS * 2 * tokens * HEADS * HEAD_SIZE * 4
 
 
@@ -255,6 +284,25 @@ def test_addresses_never_change(is_token_major: bool) -> None:
 
     assert cache.addresses == before
     assert len(set(before)) == LAYERS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_tokens_are_held_in_the_caches_own_dtype(dtype: torch.dtype, is_token_major: bool) -> None:
+    cache = SlotCache(
+        CLASSES,
+        key_heads=HEADS,
+        head_size=HEAD_SIZE,
+        dtype=dtype,
+        layer_devices=[torch.device("cpu")],
+        is_token_major=is_token_major,
+    )
+    keys, values = (part.bfloat16() for part in new_tokens(1))
+
+    cache.write(0, cache.destinations(torch.tensor([[7]]), torch.tensor([4])), keys, values)
+
+    for part, new in zip(cache.read(0, 4, 1, 8), (keys, values), strict=True):
+        assert part.dtype == cache.dtype == dtype
+        assert torch.equal(part[0, :, 7], new[0].to(dtype))
 
 
 def test_each_layer_lies_on_its_own_device() -> None:

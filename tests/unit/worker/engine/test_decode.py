@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from codeherd_worker.engine.cache import KV_BLOCK
 from codeherd_worker.engine.decode import SlotDecoder
-from codeherd_worker.engine.layouts import KV_BLOCK, Piece
+from codeherd_worker.engine.layouts import Piece
 from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.sampling import SamplingParams
 from codeherd_worker.engine.slot_classes import SlotClass
@@ -322,8 +323,8 @@ def test_slots_are_read_as_far_as_their_longest_neighbour_needs(
     reads = record_reads(monkeypatch)
 
     assert decoder.passes.kv_lengths == (
-        (64, 128, 192, 256, 304),
-        (64, 128, 192, 256, 320, 384, 448, 512, 704),
+        (64, 128, 192, 256, 320, 384, 448, 512),
+        (64, 128, 192, 256, 320, 384, 448, 512, 1024),
     )
     start(decoder, 0, random_prompt(63))
     start(decoder, 1, random_prompt(10))
@@ -331,13 +332,13 @@ def test_slots_are_read_as_far_as_their_longest_neighbour_needs(
     for expected in (64, 128):
         reads.clear()
         decoder.step()
-        assert {kv_len for _, kv_len in reads} == {expected, 704}
+        assert {kv_len for _, kv_len in reads} == {expected, 1024}
 
 
 def test_all_rows_live_or_idle_are_attended_in_as_few_calls_as_classes(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = make_decoder(model, classes=(SlotClass(100, 2), SlotClass(200, 2)))
+    decoder = make_decoder(model, classes=(SlotClass(100, 2), SlotClass(600, 2)))
     for slot in (0, 1, *decoder.slots_of_class[1]):
         start(decoder, slot, random_prompt(20))
     reads = record_reads(monkeypatch)
@@ -356,7 +357,7 @@ def test_a_matrix_whose_rows_disagree_gets_idle_rows_that_say_nothing(
             output[-1] += NUDGE
 
     disturb_linears(monkeypatch, disturb)
-    decoder = make_decoder(model)
+    decoder = make_decoder(model, max_len=KV_BLOCK + 1)
     prompts = [random_prompt(20, seed) for seed in range(3)]
 
     for slot, prompt in enumerate(prompts):
@@ -366,6 +367,8 @@ def test_a_matrix_whose_rows_disagree_gets_idle_rows_that_say_nothing(
     assert decoder.passes.rows == 4
     assert decoder.cache.slots == 4
     assert decoder.slots_of_class == ((0, 1, 2),)
+    # An idle row holds nothing, and is as short as a slot can be.
+    assert [room.readable_len for room in decoder.cache.rooms] == [2 * KV_BLOCK, KV_BLOCK]
     assert 3 not in decoder.passes.row_counts
     assert [answers[slot][0].id for slot in range(3)] == [generate_alone(model, p, 2)[1] for p in prompts]
 
@@ -377,6 +380,8 @@ def test_the_facts_are_those_of_the_shapes(model: LlamaForCausalLM) -> None:
         "rows": decoder.passes.rows,
         "prefill_chunk": 128,
         "granule": decoder.granule,
+        # Two query heads share a key head, and a CPU's attention has room for four tokens.
+        "query_rows": 8,
         "draft_tokens": 0,
     }
 

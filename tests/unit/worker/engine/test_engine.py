@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import platform
 import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from codeherd_schema.errors import (
     OutOfMemory,
     PromptTooLong,
 )
+from codeherd_worker.engine import engine as engine_module
 from codeherd_worker.engine.engine import Engine, EngineSettings, SlotView
 from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.sampling import SamplingParams
@@ -657,11 +660,54 @@ def test_the_fingerprint_knows_the_machine(model: LlamaForCausalLM, monkeypatch:
     assert make_engine(model).fingerprint == same
 
 
+def test_the_device_is_the_processors_own_name(model: LlamaForCausalLM) -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        pytest.skip("not Linux")
+    said = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    if not said:
+        pytest.skip("this processor does not tell its name")
+
+    device = make_engine(model).facts["device"]
+
+    assert device
+    assert said[0].endswith(f": {device}")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "device"),
+    [
+        ("processor\t: 0\nmodel name\t: A 9000: Pro\n\nmodel name\t: B\n", "A 9000: Pro"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+    ids=["named", "nameless", "no such file"],
+)
+def test_another_processor_is_another_fingerprint(
+    model: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    cpuinfo: str | None,
+    device: str,
+) -> None:
+    same = make_engine(model)
+    elsewhere = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        elsewhere.write_text(cpuinfo)
+    monkeypatch.setattr(engine_module, "Path", lambda _path: elsewhere)
+
+    other = make_engine(model)
+
+    assert other.facts == {**same.facts, "device": device}
+    assert (other.fingerprint != same.fingerprint) == (device != same.facts["device"])
+
+
 def test_the_facts_name_versions_quantization_and_shapes(model: LlamaForCausalLM, tmp_path: Any) -> None:
     facts = make_engine(model).facts
 
     assert (facts["quantization"], facts["dtype"], facts["slots"]) == ("none", "float32", "3x700")
-    assert {"torch", "transformers", "bitsandbytes", "device", "threads", "granule", "rows"} <= facts.keys()
+    names = {"torch", "transformers", "bitsandbytes", "device", "threads", "granule", "rows", "query_rows"}
+    assert names <= facts.keys()
     assert make_engine(quantized(tmp_path, "nf4")).facts["quantization"] == "nf4"
 
 

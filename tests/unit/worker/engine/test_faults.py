@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from codeherd_worker.engine.faults import is_out_of_memory, is_sticky
+from codeherd_worker.engine.faults import is_out_of_memory, is_sticky, release_memory
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -42,3 +44,34 @@ def test_the_real_allocator_says_it_so() -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
     assert is_out_of_memory(caught.value)
+
+
+def test_a_failed_pass_gives_back_its_tensors_while_the_error_lives_on() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def run_layer(hidden: torch.Tensor) -> None:
+        scores = hidden * 2
+        held.append(weakref.ref(scores))
+        raise OUT_OF_MEMORY[0]
+
+    def run_pass() -> None:
+        hidden = torch.ones(8)
+        held.append(weakref.ref(hidden))
+        run_layer(hidden)
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run_pass()
+    assert all(tensor() is not None for tensor in held)
+
+    release_memory(caught.value)
+
+    assert [tensor() for tensor in held] == [None, None]
+    assert is_out_of_memory(caught.value)
+
+
+def test_an_error_that_was_never_raised_holds_nothing() -> None:
+    error = MemoryError()
+
+    release_memory(error)
+
+    assert error.__traceback__ is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from codeherd_worker.engine.attention import Stretch
-from codeherd_worker.engine.cache import SlotCache
+from codeherd_worker.engine.cache import KV_BLOCK, SlotCache
 from codeherd_worker.engine.layouts import PassLayout, Piece, kv_lengths, lay_out_pass, lay_out_step
 from codeherd_worker.engine.slot_classes import SlotClass
 
@@ -13,8 +13,8 @@ GRANULE = 4
 
 
 def make_cache() -> SlotCache:
-    """Slots 0 to 2 have 32 readable tokens, slots 3 and 4 have 64."""
-    classes = (SlotClass(32, 3), SlotClass(64, 2))
+    """Slots 0 to 2 have 512 readable tokens, slots 3 and 4 have 1024."""
+    classes = (SlotClass(32, 3), SlotClass(600, 2))
     return SlotCache(classes, key_heads=1, head_size=2, dtype=torch.float32, layer_devices=[CPU])
 
 
@@ -33,7 +33,7 @@ def test_a_piece_is_padded_to_whole_granules_with_tokens_that_nobody_reads() -> 
 
     assert layout.token_ids == [7, 8, 9, 10, 11, 0, 0, 0]
     assert layout.positions == [8, 9, 10, 11, 12, 12, 12, 12]
-    assert layout.written == [8, 9, 10, 11, 12, 32, 32, 32]
+    assert layout.written == [8, 9, 10, 11, 12, 512, 512, 512]
     assert layout.slots == [1] * 8
     assert layout.stretches == [Stretch(1, 0, 8, 113)]
     assert layout.last == [4]
@@ -46,7 +46,7 @@ def test_pieces_lie_side_by_side_and_only_those_that_end_are_looked_at() -> None
 
     assert layout.token_ids == [5, 6, 0, 0, 1, 2, 3, 4, 9, 0, 0, 0]
     assert layout.positions == [0, 1, 1, 1, 4, 5, 6, 7, 0, 0, 0, 0]
-    assert layout.written == [0, 1, 64, 64, 4, 5, 6, 7, 0, 32, 32, 32]
+    assert layout.written == [0, 1, 1024, 1024, 4, 5, 6, 7, 0, 512, 512, 512]
     assert layout.stretches == [Stretch(3, 0, 4, 302), Stretch(0, 4, 8, 8), Stretch(2, 8, 12, 201)]
     assert layout.last == [1, 8]
 
@@ -58,7 +58,7 @@ def test_a_pass_is_padded_to_a_sound_length() -> None:
 
     assert len(layout.token_ids) == 16
     assert layout.stretches[1] == Stretch(1, 4, 16, 101)
-    assert layout.written[5:] == [32] * 11
+    assert layout.written[5:] == [512] * 11
     assert layout.last == [3, 4]
 
 
@@ -86,34 +86,35 @@ def test_idle_rows_stand_beside_live_ones_and_runs_stay_within_a_class(
     assert layout.advance.tolist() == [int(slot >= 0) for slot in slots]
     covered = [start + place for start, count in runs for place in range(count)]
     assert layout.rows.tolist() == covered
-    assert layout.spares.tolist() == [32 if slot < 3 else 64 for slot in covered]
+    assert layout.spares.tolist() == [512 if slot < 3 else 1024 for slot in covered]
 
 
 @pytest.mark.parametrize(
     ("readable_len", "lengths"),
     [
-        (16, (16,)),
-        (64, (64,)),
-        (80, (64, 80)),
         (512, (64, 128, 192, 256, 320, 384, 448, 512)),
-        (1040, (64, 128, 192, 256, 320, 384, 448, 512, 1024, 1040)),
+        (1024, (64, 128, 192, 256, 320, 384, 448, 512, 1024)),
+        (2048, (64, 128, 192, 256, 320, 384, 448, 512, 1024, 1536, 2048)),
     ],
 )
-def test_a_cpu_reads_in_small_steps(readable_len: int, lengths: tuple[int, ...]) -> None:
+def test_a_cpu_reads_whole_blocks_and_parts_of_the_first_one(
+    readable_len: int, lengths: tuple[int, ...]
+) -> None:
     assert kv_lengths(readable_len, CPU) == lengths
 
 
-@pytest.mark.parametrize("readable_len", [16, 4096, 16_384, 16_400, 100_000])
+@pytest.mark.parametrize("readable_len", [512, 4096, 16_384, 16_896, 100_352])
 def test_read_lengths_ascend_to_the_whole_slot_and_are_few(readable_len: int) -> None:
     lengths = kv_lengths(readable_len, CPU)
 
+    assert all(length % KV_BLOCK == 0 for length in lengths if length > KV_BLOCK)
     assert lengths[-1] == readable_len
     assert list(lengths) == sorted(set(lengths))
     assert len(lengths) <= 40
 
 
 def test_a_gpu_reads_at_most_twice_what_it_must() -> None:
-    lengths = kv_lengths(3000, torch.device("cuda"))
+    lengths = kv_lengths(3072, torch.device("cuda"))
 
-    assert lengths == (512, 1024, 2048, 3000)
-    assert kv_lengths(300, torch.device("cuda")) == (300,)
+    assert lengths == (512, 1024, 2048, 3072)
+    assert kv_lengths(512, torch.device("cuda")) == (512,)

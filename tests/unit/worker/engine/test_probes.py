@@ -113,7 +113,7 @@ def test_read_lengths_that_change_bits_are_dropped(
         if is_decode and keys.shape[2] in (64, 192):
             output += NUDGE
 
-    classes = (SlotClass(100, 2), SlotClass(300, 1))
+    classes = (SlotClass(300, 2), SlotClass(700, 1))
     sound = sound_kv_lengths(model, classes)
     disturb_attention(monkeypatch, disturb)
     decoder = make_decoder(model, classes=classes)
@@ -153,12 +153,44 @@ def test_where_all_shorter_reads_differ_slots_are_read_whole(
         output += keys.shape[2] * NUDGE
 
     disturb_attention(monkeypatch, disturb)
-    decoder = make_decoder(model, max_len=300)
+    decoder = make_decoder(model, max_len=600)
 
     assert not decoder.warm_up().kv_lengths_agree
 
-    assert decoder.passes.kv_lengths == ((304,),)
+    assert decoder.passes.kv_lengths == ((1024,),)
     assert_a_neighbour_changes_nothing(decoder)
+
+
+def test_a_class_that_differs_from_the_longest_is_read_whole_and_named(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def disturb(output: torch.Tensor, keys: torch.Tensor) -> None:
+        output += keys.shape[2] * NUDGE
+
+    disturb_attention(monkeypatch, disturb)
+    decoder = make_decoder(model, classes=(SlotClass(300, 2), SlotClass(600, 1)))
+
+    assert not decoder.warm_up().kv_lengths_agree
+
+    assert decoder.passes.kv_lengths == ((512,), (1024,))
+    assert "class_disagrees length=512" in caplog.text
+    # The longest one is what all are compared with.
+    assert "class_disagrees length=1024" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_whole_blocks_round_alike_in_slots_of_all_classes(
+    kv_heads: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama(num_key_value_heads=kv_heads, max_position_embeddings=2048).to(dtype)
+    decoder = make_decoder(model, classes=(SlotClass(512, 2), SlotClass(1024, 1), SlotClass(2048, 1)))
+
+    decoder.warm_up()
+
+    blocks = [[length for length in lengths if length >= 512] for lengths in decoder.passes.kv_lengths]
+    assert blocks[:3] == [[512], [512, 1024], [512, 1024, 1536, 2048]]
+    assert "class_disagrees" not in caplog.text
 
 
 def test_row_counts_that_change_bits_are_dropped(

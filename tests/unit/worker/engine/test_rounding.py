@@ -80,14 +80,37 @@ def test_rows_that_differ_from_other_counts_but_agree_among_each_other_are_even(
     assert even_rows([all_rows_differ_at(4)], 4) == 4
 
 
-def test_matrices_of_one_kind_are_tried_once() -> None:
+def test_one_of_the_matrices_of_a_kind_is_tried_with_four_vectors() -> None:
     alike = [Faulty() for _ in range(3)]
     for linear in alike:
         linear.kind = lambda: ("the same",)  # type: ignore[method-assign]
 
     even_rows(alike, 4)
 
-    assert sorted(linear.calls for linear in alike) == [0, 0, 1]
+    assert sorted(linear.calls for linear in alike) == [0, 0, 4]
+
+
+@pytest.mark.parametrize("vector", range(4))
+def test_rows_that_only_one_vector_tells_apart_are_not_even(vector: int) -> None:
+    # 16-bit outputs hide most of what differs inside: one vector may see nothing.
+    tries = iter(range(100))
+
+    def disturb(output: torch.Tensor) -> None:
+        if next(tries) == vector:
+            output[-1] += 1
+
+    assert even_rows([Faulty(disturb)], 4) == 5
+
+
+@pytest.mark.parametrize("vector", range(4))
+def test_counts_that_only_one_vector_tells_apart_do_not_agree(vector: int) -> None:
+    tries = iter(range(100))
+
+    def disturb(output: torch.Tensor) -> None:
+        # Every vector is multiplied at both counts, the wanted one first.
+        output += next(tries) == 2 * vector
+
+    assert agreeing_rows([Faulty(disturb)], 6, [2]) == []
 
 
 def test_counts_at_which_a_row_has_other_bits_are_left_out() -> None:

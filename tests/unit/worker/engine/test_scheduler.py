@@ -396,7 +396,7 @@ def test_any_traffic_gives_the_bits_of_each_sequence_alone(
 ) -> None:
     if lag and draft_tokens:
         pytest.skip("drafts are made from the last token, so there is no lag")
-    classes = (SlotClass(192, 2), SlotClass(512, 2))
+    classes = (SlotClass(192, 2), SlotClass(600, 2))
     samplings = [
         LOGGED,
         SamplingParams(temperature=1.0, seed=5, logprobs=5),
