@@ -31,8 +31,8 @@ PATIENCE_S = 1800.0
 #: not depend on how many wait. Enough to be sure of, few enough that all of `make bench` takes half an hour.
 GROUPED_JOBS = {("tiny", 1): 16, ("random-110m", 1): 4, ("random-110m", 16): 32}
 
-#: New tokens of each job of the warm-up, at most.
-WARM_UP_TOKENS = 8
+#: Tokens in and out of each job of the warm-up, at most.
+WARM_UP_PROMPT, WARM_UP_TOKENS = 512, 8
 
 _ROOT = Path(__file__).parent.parent
 
@@ -94,9 +94,10 @@ def hold(
         for contender in contenders:
             contender.receive()
         load_average = os.getloadavg()[0]
+        brief = warm_up.brief(SLOTS, prompt_tokens=WARM_UP_PROMPT, new_tokens=WARM_UP_TOKENS)
         for contender in contenders:
             tell(f"{model.name}, {warm_up.name}: warming up {contender.outcome.entry.name}")
-            contender.warm(warm_up.brief(SLOTS, WARM_UP_TOKENS))
+            contender.warm(brief)
         for number, workload in enumerate(asked, start=1):
             for contender in contenders:
                 contender.run(workload)

@@ -74,7 +74,6 @@ class Run:
     """Everything that one call measured."""
 
     day: date
-    rounds: int
     contests: tuple[Contest, ...]
     floors: tuple[Floor, ...]
 
@@ -148,7 +147,7 @@ def document(run: Run) -> str:
 
 def rows(run: Run) -> list[dict[str, Any]]:
     """Return one row per system, workload and model that was measured."""
-    shared = {"machine": machine(), "date": run.day.isoformat(), "rounds": run.rounds}
+    shared = {"machine": machine(), "date": run.day.isoformat()}
     return [row | shared for contest in run.contests for row in rows_of(contest)]
 
 
@@ -179,6 +178,7 @@ def rows_of(contest: Contest) -> list[dict[str, Any]]:
                 "peak_rss_mb": round(figures.peak_rss_mb, 1),
                 "cpu_s": round(figures.cpu_s, 2),
                 "identical_share": _rounded(figures.identical_share),
+                "rounds": len(contest.asked),
                 "load_average": round(contest.load_average, 2),
             }
         )
@@ -218,7 +218,6 @@ def _facts(run: Run) -> str:
         "threads per system": str(THREADS),
         "slots, or rows of a batch": str(SLOTS),
         "precision": f"{PRECISION} weights and cache",
-        "rounds": f"{run.rounds}, systems take turns",
         "load average before each contest": ", ".join(f"{load:.1f}" for load in loads),
     }
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
@@ -230,7 +229,8 @@ def _describe(contest: Contest) -> str:
     answers = [job.new_tokens for job in workload.jobs]
     return (
         f"{len(workload.jobs)} jobs, {workload.arrival}: {min(prompts)} to {max(prompts)} tokens in, "
-        f"{workload.prompt_tokens} in all; {min(answers)} to {max(answers)} out, {workload.new_tokens} in all"
+        f"{workload.prompt_tokens} in all; {min(answers)} to {max(answers)} out, {workload.new_tokens} in all; "
+        f"{len(contest.asked)} rounds in turns"
     )
 
 

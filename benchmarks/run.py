@@ -25,7 +25,7 @@ from benchmarks.models import MODELS, BenchModel, prepare
 from benchmarks.protocol import SLOTS
 from benchmarks.report import Floor, Run, document, floor_of, rows
 from benchmarks.systems import OURS, SYSTEMS, Entry
-from benchmarks.workloads import WORKLOADS, Builder
+from benchmarks.workloads import MOST_ROUNDS, WORKLOADS, Builder
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,11 +62,12 @@ def measure(
         tell(f"{name}: preparing the weights")
         model = prepare(name)
         for workload, builder in builders.items():
-            contest = hold(model, builder, entries, rounds=rounds, tell=tell)
+            most = MOST_ROUNDS.get((name, workload), rounds)
+            contest = hold(model, builder, entries, rounds=min(rounds, most), tell=tell)
             contests.append(contest)
             if workload == "ragged" and OURS in entries:
                 floors.append(floor_of(contest, _matmul_floor_ms(model)))
-    return Run(day, rounds, tuple(contests), tuple(floors))
+    return Run(day, tuple(contests), tuple(floors))
 
 
 def store(run: Run, folder: Path) -> None:

@@ -85,9 +85,12 @@ class Workload:
         stride = len(self.jobs) / count
         return Workload(self.name, self.arrival, tuple(self.jobs[int(i * stride)] for i in range(count)))
 
-    def brief(self, count: int, new_tokens: int) -> Workload:
-        """Return a sample of `count` jobs with at most `new_tokens` each."""
-        jobs = tuple(Job(j.prompt_ids, min(j.new_tokens, new_tokens)) for j in self.sample(count).jobs)
+    def brief(self, count: int, *, prompt_tokens: int, new_tokens: int) -> Workload:
+        """Return a sample of `count` jobs, each with at most so many tokens in and out."""
+        jobs = tuple(
+            Job(job.prompt_ids[:prompt_tokens], min(job.new_tokens, new_tokens))
+            for job in self.sample(count).jobs
+        )
         return Workload(self.name, self.arrival, jobs)
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +107,10 @@ class Workload:
 
 #: Makes the jobs of one round for a model.
 Builder = Callable[[BenchModel, int], Workload]
+
+
+#: Most rounds by model and workload: one prompt of 4,096 tokens takes some systems a minute.
+MOST_ROUNDS = {("random-110m", "long"): 1}
 
 
 @dataclass(frozen=True, slots=True)

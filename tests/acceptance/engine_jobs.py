@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.soak import TINY_FOLDER, Answer, Recipe, Recipes
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.soak import TINY_FOLDER, Answer, Recipe, Recipes
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.prompts import Prompt
 from codeherd_worker.engine.sampling import SamplingParams

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from benchmarks.soak import GROWTH_BYTES, Soak, open_soak, resident_bytes
 
+from benchmarks.soak import GROWTH_BYTES, Soak, open_soak, resident_bytes
 from tests.acceptance.engine_jobs import THREADS
 
 #: Jobs before the first look at the memory, and after it.

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.soak import TINY_FOLDER, Answer, Recipe
 
+from benchmarks.soak import TINY_FOLDER, Answer, Recipe
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.loading import Quantization, load_model
 from codeherd_worker.engine.slot_classes import SlotClass

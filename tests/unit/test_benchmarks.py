@@ -104,7 +104,7 @@ def test_two_systems_generate_the_same_tokens_and_fill_table_and_rows(
     contest = hold(
         tiny, mini, [SYSTEMS["codeherd"], SYSTEMS["padded_batches"], absent], rounds=1, tell=told.append
     )
-    run = Run(date(2026, 1, 2), 1, (contest,), ())
+    run = Run(date(2026, 1, 2), (contest,), ())
     store(run, tmp_path)
 
     assert [outcome.missing for outcome in contest.outcomes] == [None, None, "not installed"], told
@@ -133,7 +133,7 @@ def test_a_system_that_fails_has_no_figures(tiny: BenchModel, capfd: pytest.Capt
 
     [outcome] = contest.outcomes
     assert outcome.missing == "failed: its process ended"
-    assert rows(Run(date(2026, 1, 2), 1, (contest,), ())) == []
+    assert rows(Run(date(2026, 1, 2), (contest,), ())) == []
     assert "nobody" in capfd.readouterr().err
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.gpu import Results, main, measure, plan, ratio, verdicts
 from benchmarks.gpu_models import config_of
 from benchmarks.roofline import Ceilings, Roofline

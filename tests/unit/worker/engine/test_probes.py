@@ -302,6 +302,19 @@ def test_at_lengths_that_are_kept_every_place_has_the_same_bits(kv_heads: int, d
     assert differing == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_which_read_lengths_are_kept_depends_on_no_models_dtype_and_on_no_class(dtype: torch.dtype) -> None:
+    # Attention is computed in float32 for all of them: rounding its result must not hide what differs.
+    model = tiny_llama(num_key_value_heads=4)
+    classes = (SlotClass(512, 3), SlotClass(600, 2))
+
+    short, long = sound_kv_lengths(model, classes)
+    found = sound_kv_lengths(model.to(dtype), classes)
+
+    assert tuple(length for length in long if length <= 512) == short
+    assert found == (short, long)
+
+
 def assert_a_neighbour_changes_nothing(decoder: SlotDecoder) -> None:
     prompt = random_prompt(30)
     alone = say(decoder, 0, prompt, 3)
