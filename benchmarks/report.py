@@ -229,7 +229,8 @@ def _describe(contest: Contest) -> str:
     answers = [job.new_tokens for job in workload.jobs]
     return (
         f"{len(workload.jobs)} jobs, {workload.arrival}: {min(prompts)} to {max(prompts)} tokens in, "
-        f"{workload.prompt_tokens} in all; {min(answers)} to {max(answers)} out, {workload.new_tokens} in all; "
+        f"{workload.prompt_tokens} in all; {min(answers)} to {max(answers)} out, "
+        f"{workload.new_tokens} in all; "
         f"{len(contest.asked)} rounds in turns"
     )
 

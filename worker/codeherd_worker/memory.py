@@ -115,7 +115,7 @@ class MemoryPlan:
     classes: tuple[SlotClass, ...]
     #: Tokens of one sequence at most: the model's window, or what was asked for.
     window: int
-    #: Rows beside the slots, as long as the shortest.
+    #: Rows beside the slots, one block each.
     idle_rows: int
     cards: tuple[Card, ...]
 
@@ -185,7 +185,7 @@ def plan_memory(
         slots: sequences that decode together.
         window: tokens of the longest sequence.
         classes: the slots as the user wants them; empty: by the rule at the top.
-        idle_rows: rows that the engine adds to the shortest class.
+        idle_rows: rows that the engine adds, one block each.
         lighter: quantization -> bytes of all weights, to be named if it would help.
 
     Raises:

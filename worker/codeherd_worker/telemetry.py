@@ -192,9 +192,9 @@ def _shapes(engine: Engine, classes: Sequence[SlotClass]) -> dict[str, Any]:
         "draft_tokens": shapes.draft_tokens,
         "drafts_are_optional": shapes.drafts_are_optional,
         "classes": [
-            # The spare places of a slot begin where no read goes.
+            # The spare places of a slot begin where no read goes. Idle rows come last, and are no class.
             asdict(part) | {"spare": spare, "kv_lengths": list(reads)}
-            for part, spare, reads in zip(classes, shapes.spares, shapes.kv_lengths, strict=True)
+            for part, spare, reads in zip(classes, shapes.spares, shapes.kv_lengths, strict=False)
         ],
     }
 

@@ -11,7 +11,8 @@ The query heads that share a key head become query rows: keys are neither repeat
 with torch 2.13: its CPU attention rounds the rows of a batch differently when the number of query rows
 per key head is odd (1 and 3; float32, float16; 2, 3 and 8 threads), never when it is even. The likely
 cause is the alignment of each thread's stretch of one scratch buffer. A repeated query row makes every
-number even; it reads no key twice. `SlotDecoder.warm_up` measures whether it holds here.
+number even; it reads no key twice. On a CPU all of it is float32, whatever the weights are: for 16-bit
+numbers torch chooses between kernels by batch and length. `probes.py` tries whether all this holds here.
 """
 
 from __future__ import annotations
