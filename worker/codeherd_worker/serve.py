@@ -94,8 +94,9 @@ def configure_logging(level: str) -> None:
         # Celery's own INFO lines repeat ours with arguments and results.
         for name in ("celery", "kombu", "amqp", "transformers"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # It misses an optional package at every start on some CPUs, and does well without it.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        # They miss optional packages and kernels of other devices at every start, and do well without.
+        for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def print_error(err: CodeherdError) -> None:
