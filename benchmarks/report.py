@@ -137,7 +137,7 @@ def document(run: Run) -> str:
     """Return the whole run as Markdown."""
     parts = [f"# codeherd's engine and its peers on a CPU, {run.day.isoformat()}", _facts(run)]
     for contest in run.contests:
-        parts += [f"## {contest.model.name}, {contest.workload}", _describe(contest) + ".", table(contest)]
+        parts += [f"## {contest.model.name}, {contest.workload}", _describe(contest), table(contest)]
     if any(contest.workload == "ragged" for contest in run.contests):
         parts += ["## Targets", targets(run.contests)]
     if run.floors:
@@ -228,10 +228,9 @@ def _describe(contest: Contest) -> str:
     prompts = [len(job.prompt_ids) for job in workload.jobs]
     answers = [job.new_tokens for job in workload.jobs]
     return (
-        f"{len(workload.jobs)} jobs, {workload.arrival}: {min(prompts)} to {max(prompts)} tokens in, "
-        f"{workload.prompt_tokens} in all; {min(answers)} to {max(answers)} out, "
-        f"{workload.new_tokens} in all; "
-        f"{len(contest.asked)} rounds in turns"
+        f"{len(workload.jobs)} jobs, {workload.arrival}. Rounds: {len(contest.asked)}. "
+        f"Tokens in: {min(prompts)} to {max(prompts)}, {workload.prompt_tokens} in all. "
+        f"Tokens out: {min(answers)} to {max(answers)}, {workload.new_tokens} in all."
     )
 
 
