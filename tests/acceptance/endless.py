@@ -1,4 +1,8 @@
-"""A model that never ends by itself: random weights that cannot say EOS. For jobs that must still run."""
+"""A model that never ends by itself: random weights that cannot say EOS. For jobs that must still run.
+
+It repeats itself, so drafts would be accepted all the time: they are off, and its window is long. A job of
+`LONG` tokens then runs for longer than a few commands take.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,9 @@ from codeherd_worker.process import EMBEDDED_FOLDER
 
 #: The name in the models file.
 NAME = "endless"
-WINDOW = 2048
+WINDOW = 16384
+#: New tokens of a job that no test wants to wait for.
+LONG = 16000
 
 
 def endless_model(folder: Path) -> dict[str, str]:
@@ -48,4 +54,8 @@ def endless_model(folder: Path) -> dict[str, str]:
     }
     models_file = folder / "models.toml"
     models_file.write_text(f"[models.{NAME}]\n" + "".join(f"{k} = {v}\n" for k, v in entry.items()))
-    return {"CODEHERD_MODELS_FILE": str(models_file), "CODEHERD_WORKER_MODEL": NAME}
+    return {
+        "CODEHERD_MODELS_FILE": str(models_file),
+        "CODEHERD_WORKER_MODEL": NAME,
+        "CODEHERD_WORKER_DRAFT_TOKENS": "0",
+    }

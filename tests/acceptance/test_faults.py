@@ -8,7 +8,7 @@ from codeherd_producer.client import Client
 from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import JobState
 from codeherd_schema.store import Store
-from tests.acceptance.endless import NAME, endless_model
+from tests.acceptance.endless import LONG, NAME, endless_model
 from tests.acceptance.herd import JOBS_TIMEOUT_S, QUICK, Herd
 from tests.services import wait_until
 
@@ -57,7 +57,7 @@ def test_the_jobs_of_a_killed_worker_finish_on_the_other(
 def test_a_running_job_stops_soon_after_its_cancel_and_frees_its_slot(
     tmp_path: Path, sqlite_url: str, broker_url: str
 ) -> None:
-    request = GenerateRequest(model=NAME, prompt="def f(", sampling=Sampling(max_new_tokens=2000))
+    request = GenerateRequest(model=NAME, prompt="def f(", sampling=Sampling(max_new_tokens=LONG))
     # A heartbeat this slow cannot be what stops the job: the control message does.
     slow = QUICK | endless_model(tmp_path) | {"CODEHERD_LEASE_S": "3600", "CODEHERD_HEARTBEAT_S": "1000"}
 
@@ -80,7 +80,7 @@ def test_a_running_job_stops_soon_after_its_cancel_and_frees_its_slot(
         assert job.refresh().state is JobState.CANCELLED
         figures = next(iter(herd.broker.workers(0.5).values()))
         assert (figures["active"], figures["waiting"]) == (0, 0)
-        assert figures["tokens"] - before < 2000, "it ran to its end"
+        assert figures["tokens"] - before < LONG, "it ran to its end"
         store = Store.open(sqlite_url)
         assert [a.outcome for a in store.attempts(job.id)] == ["cancel"]
         assert store.result(job.id) is None
@@ -90,7 +90,7 @@ def test_a_running_job_stops_soon_after_its_cancel_and_frees_its_slot(
 def test_a_stopped_worker_gives_its_jobs_back_and_burns_no_attempt(
     tmp_path: Path, sqlite_url: str, broker_url: str
 ) -> None:
-    request = GenerateRequest(model=NAME, prompt="def f(", sampling=Sampling(max_new_tokens=2000))
+    request = GenerateRequest(model=NAME, prompt="def f(", sampling=Sampling(max_new_tokens=LONG))
     hasty = QUICK | endless_model(tmp_path) | {"CODEHERD_WORKER_DRAIN_TIMEOUT_S": "0"}
     store = Store.open(sqlite_url)
 

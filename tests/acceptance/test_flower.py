@@ -14,7 +14,7 @@ from codeherd_producer.client import Client
 from codeherd_schema.errors import JobFailed
 from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import JobState
-from tests.acceptance.endless import NAME, endless_model
+from tests.acceptance.endless import LONG, NAME, endless_model
 from tests.acceptance.herd import JOBS_TIMEOUT_S, QUICK, Herd
 from tests.services import free_port, wait_until
 
@@ -52,7 +52,7 @@ def test_flower_shows_figures_without_text_and_terminates_cleanly(
         "CODEHERD_FLOWER_PORT": str(port),
         "CODEHERD_FLOWER_PASSWORD": "look",
         # Less than the model's window: a job that fits the model can be too long for this worker.
-        "CODEHERD_WORKER_MAX_LEN": "1500",
+        "CODEHERD_WORKER_MAX_LEN": "16200",
     }
     herd = Herd(
         database_url=sqlite_url,
@@ -69,12 +69,12 @@ def test_flower_shows_figures_without_text_and_terminates_cleanly(
         short = client.submit(GenerateRequest(model=NAME, prompt=SECRET, sampling=Sampling(max_new_tokens=5)))
         result = short.result(JOBS_TIMEOUT_S)
         too_long = client.submit(
-            GenerateRequest(model=NAME, prompt=SECRET, sampling=Sampling(max_new_tokens=1900))
+            GenerateRequest(model=NAME, prompt=SECRET, sampling=Sampling(max_new_tokens=16300))
         )
         with pytest.raises(JobFailed, match="context_length_exceeded"):
             too_long.result(JOBS_TIMEOUT_S)
         running = client.submit(
-            GenerateRequest(model=NAME, prompt=SECRET, sampling=Sampling(max_new_tokens=1400))
+            GenerateRequest(model=NAME, prompt=SECRET, sampling=Sampling(max_new_tokens=LONG))
         )
         wait_until(lambda: flower.state(running.id) == "STARTED", "Flower to see the job run")
         flower.call(f"/api/task/revoke/{running.id}.1?terminate=true", method="POST")

@@ -18,7 +18,7 @@ from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import JobState
 from codeherd_worker.process import EMBEDDED_FOLDER
 from codeherd_worker.watchdog import HUNG_STATUS
-from tests.acceptance.endless import NAME, endless_model
+from tests.acceptance.endless import LONG, NAME, endless_model
 from tests.acceptance.herd import QUICK, Herd
 from tests.services import wait_until
 
@@ -50,7 +50,7 @@ def inspected(herd: Herd, *options: str) -> dict[str, Any]:
 def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
     tmp_path: Path, sqlite_url: str, broker_url: str
 ) -> None:
-    own = {"CODEHERD_WORKER_SLOT_LENGTHS": "512x2,2048x1", "CODEHERD_LOG_LEVEL": "info"}
+    own = {"CODEHERD_WORKER_SLOT_LENGTHS": "512x2,16384x1", "CODEHERD_LOG_LEVEL": "info"}
     with Herd(
         database_url=sqlite_url,
         broker_url=broker_url,
@@ -61,13 +61,13 @@ def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
     ) as herd:
         [worker] = inspected(herd, "one")["workers"]
         assert worker["model"] == NAME
-        assert worker["plan"]["classes"] == [{"length": 512, "slots": 2}, {"length": 2048, "slots": 1}]
+        assert worker["plan"]["classes"] == [{"length": 512, "slots": 2}, {"length": 16384, "slots": 1}]
         assert worker["cache_bytes"] == sum(card["cache_bytes"] for card in worker["plan"]["cards"])
         assert (worker["slots"], worker["active"], worker["tokens"]) == (3, 0, 0)
 
         with Client(herd.settings) as client:
             # One slot holds them: there is a running one for as long as all of them take.
-            sampling = Sampling(max_new_tokens=1900)
+            sampling = Sampling(max_new_tokens=LONG)
             jobs = client.submit_many([GenerateRequest(prompt=SECRET, model=NAME, sampling=sampling)] * 20)
             seen: dict[str, Any] = {}
 
@@ -83,7 +83,7 @@ def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
             for job in jobs:
                 client.cancel(job.id)
         [facts] = seen["slots"]
-        assert (facts["slot"], facts["length"]) == (2, seen["view"]["length"]) == (2, 2048)
+        assert (facts["slot"], facts["length"]) == (2, seen["view"]["length"]) == (2, 16384)
         assert facts["prompt_tokens"] == facts["prefilled_tokens"] == seen["view"]["prompt_tokens"] > 0
         assert facts["new_tokens"] >= seen["view"]["new_tokens"]
         assert shown.returncode == 0, shown.stderr
