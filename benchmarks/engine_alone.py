@@ -15,13 +15,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import SLOTS
-from benchmarks.systems.codeherd import engine_settings
+from benchmarks.systems.codeherd import engine_settings, start_engine
 from codeherd_schema.models import TINY
 from codeherd_schema.requests import Request, parse_request
 from codeherd_worker.engine.detokenize import Detokenizer
 from codeherd_worker.engine.engine import Engine
-from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.prompts import build_prompt
 from codeherd_worker.engine.sampling import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
@@ -32,11 +30,8 @@ from codeherd_worker.engine.vocabulary import Vocabulary
 def main() -> None:
     """Answer rounds until the input ends."""
     folder, max_len = Path(sys.argv[1]), int(sys.argv[2])
-    loaded = load_model(str(folder), quantization="none", device="cpu", slots=SLOTS)
     vocabulary = Vocabulary.from_folder(folder)
-    engine = Engine(loaded.model, engine_settings(max_len=max_len, reuse_prefixes=True, draft_tokens=0))
-    engine.warm_up()
-    engine.start()
+    engine = start_engine(folder, engine_settings(max_len=max_len, reuse_prefixes=True, draft_tokens=0))
     for line in sys.stdin:
         requests = [parse_request(fields) for fields in json.loads(line)]
         print(json.dumps(_run(engine, vocabulary, requests)), flush=True)

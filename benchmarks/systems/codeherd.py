@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.protocol import SLOTS
 from benchmarks.records import JobRecord
 from benchmarks.workloads import Arrival, Job, Workload
+from codeherd_worker.engine.compute_thread import ComputeThread
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.sampling import SamplingParams
@@ -28,15 +29,12 @@ class System:
         pass
 
     def load(self, folder: Path, converted: Path, longest: int) -> None:
-        loaded = load_model(str(folder), quantization="none", device="cpu", slots=SLOTS)
         settings = engine_settings(
             max_len=longest, reuse_prefixes=self._reuse_prefixes, draft_tokens=self._draft_tokens
         )
-        self._engine = Engine(loaded.model, settings)
+        self._engine = start_engine(folder, settings)
 
     def warm(self, workload: Workload) -> None:
-        self._engine.warm_up()
-        self._engine.start()
         self.run(workload)
 
     def run(self, workload: Workload) -> list[JobRecord]:
@@ -65,6 +63,21 @@ def engine_settings(*, max_len: int, reuse_prefixes: bool, draft_tokens: int) ->
         reuse_prefixes=reuse_prefixes,
         draft_tokens=draft_tokens,
     )
+
+
+def start_engine(folder: Path, settings: EngineSettings) -> Engine:
+    """Return a warm engine over the model in `folder`; one thread does everything, as in a worker."""
+    thread = ComputeThread()
+
+    def load() -> Engine:
+        loaded = load_model(str(folder), quantization="none", device="cpu", slots=settings.slots)
+        engine = Engine(loaded.model, settings, thread=thread)
+        engine.warm_up()
+        return engine
+
+    engine = thread.run(load)
+    engine.start()
+    return engine
 
 
 @dataclass(slots=True)

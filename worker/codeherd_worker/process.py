@@ -30,6 +30,7 @@ from codeherd_schema.models import ModelTable, ServedModel
 from codeherd_schema.store import Store
 from codeherd_worker.device import Device
 from codeherd_worker.draft_rule import choose_draft_tokens
+from codeherd_worker.engine.compute_thread import ComputeThread
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.loading import LoadedModel, load_model
 from codeherd_worker.engine.stopping import CancelReason
@@ -103,7 +104,9 @@ class WorkerProcess:
         _check_broker(broker)
         if self._device == "cpu":
             torch.set_num_threads(settings.worker_threads or max(1, (os.cpu_count() or 1)))
-        generator = self._load()
+        self._compute = ComputeThread()
+        stack.callback(self._compute.close)
+        generator = self._compute.run(self._load)
         stack.callback(generator.engine.close)
         self._engine = generator.engine
         self._runner = Runner(
@@ -264,6 +267,7 @@ class WorkerProcess:
                 reuse_prefixes=settings.worker_reuse_prefixes,
                 draft_tokens=draft_tokens,
             ),
+            thread=self._compute,
         )
 
     def _watch(self, watchdog: Watchdog) -> Callable[[], None]:

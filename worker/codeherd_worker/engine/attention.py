@@ -89,11 +89,10 @@ class DecodeAttention:
             self._parts.append((run, batch, mask))
         self._moved = _Moved()
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, joined: torch.Tensor) -> torch.Tensor:
         """Store and attend; see `forward.Attend`."""
         cache = self._cache
+        query, key, value = cache.split(joined)
         cache.write(layer, self._moved.to(self._destination, key.device), key, value)
         _, heads, size = query.shape
         key_heads, group = key.shape[1], self._group
@@ -149,11 +148,10 @@ class PrefillAttention:
         ]
         self._moved = _Moved()
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, joined: torch.Tensor) -> torch.Tensor:
         """Store and attend; see `forward.Attend`."""
         cache = self._cache
+        query, key, value = cache.split(joined)
         cache.write(layer, self._moved.to(self._destination, key.device), key, value)
         _, heads, size = query.shape
         key_heads, group = key.shape[1], self._group

@@ -13,16 +13,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from codeherd_worker.engine.slot_classes import SlotClass
 
 #: Tokens. Reads end at multiples of this many: CPU attention sums blocks of 512 keys, a block that is masked
 #: as a whole adds exactly nothing, and a block of another size may round differently.
 KV_BLOCK = 512
-#: Tokens per slot beyond what is read. A multiple of 16 of them keeps slots aligned alike: CPU kernels may
-#: round differently when the same numbers lie at another alignment.
-SPARE_TOKENS = 16
+#: Keys that lie together, dimension by dimension, for a CPU's kernel: little is read in vain.
+KEY_BLOCK = 32
+#: Tokens per slot beyond what is read: a whole block of keys. As a multiple of 16 they also keep slots
+#: aligned alike: kernels may round differently when the same numbers lie at another alignment.
+SPARE_TOKENS = KEY_BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class SlotCache:
         head_size: int,
         dtype: torch.dtype,
         layer_devices: Sequence[torch.device],
-        is_token_major: bool = False,
+        blocked_keys: bool = False,
     ) -> None:
         """Allocate everything that will ever be needed.
 
@@ -62,33 +66,42 @@ class SlotCache:
             head_size: D.
             dtype: in which keys and values are held.
             layer_devices: where each layer computes, in layer order.
-            is_token_major: whether a token's heads lie side by side, as CUDA's variable-length kernels
-                want, or a head's tokens, which CPU kernels read faster.
+            blocked_keys: whether a head's keys lie in blocks of (D, KEY_BLOCK), as `kernels.py` reads and
+                writes them, or as (tokens, D), for `write` and `read`.
         """
         self.rooms = tuple(_rooms(classes))
         self.slots = self.rooms[-1].end
         self._room_of = [room for room in self.rooms for _ in range(room.start, room.end)]
-        self._is_token_major = is_token_major
-        self._key_heads = key_heads
+        self.key_heads, self.head_size = key_heads, head_size
         self.dtype = dtype
         capacities = torch.tensor([room.capacity for room in self._room_of])
         starts = capacities.cumsum(0) - capacities
         tokens = int(capacities.sum())
-        if is_token_major:
-            bases, rows, width = starts[:, None], tokens, key_heads * head_size
-        else:
-            bases = starts[:, None] * key_heads + capacities[:, None] * torch.arange(key_heads)
-            rows, width = tokens * key_heads, head_size
-        # (slots, 1) or (slots, K): the row in which each slot's, or slot's head's, first token lies.
+        rows = tokens * key_heads
+        # (slots, K): the row in which the first token of each slot's head lies.
+        bases = starts[:, None] * key_heads + capacities[:, None] * torch.arange(key_heads)
         self._bases = bases.to(layer_devices[0])
+        #: (slots,) each: where a slot's numbers begin in `arrays`, its tokens with the spare ones, and the
+        #: first spare place.
+        self.bases = (starts * key_heads * head_size).numpy()
+        self.capacities = capacities.numpy()
+        self.spare_places = self.capacities - SPARE_TOKENS
         self._starts: list[int] = starts.tolist()
         #: (slots,) int64, on the first layer's device: `spare_of` each slot.
         self.spares = (capacities - SPARE_TOKENS).to(layer_devices[0])
-        # (2, rows, width) per layer: keys and values.
-        self._flat = [torch.zeros(2, rows, width, dtype=dtype, device=device) for device in layer_devices]
-        # Per room and layer, the same memory as (slots, K, capacity, D).
-        self._keys = [[self._view(flat[0], room, head_size) for flat in self._flat] for room in self.rooms]
-        self._values = [[self._view(flat[1], room, head_size) for flat in self._flat] for room in self.rooms]
+        # (2, rows, D) per layer: keys and values.
+        self._flat = [torch.zeros(2, rows, head_size, dtype=dtype, device=device) for device in layer_devices]
+        # The same memory: per layer, for a CPU's kernels.
+        self._arrays: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        if blocked_keys:
+            self._arrays = [(flat[0].flatten().numpy(), flat[1].flatten().numpy()) for flat in self._flat]
+        # Per room and layer, as (2, slots, K, capacity, D), unless keys are blocked.
+        self._tokens = [[self._view(flat, room) for flat in self._flat] for room in self.rooms]
+        # Per room and layer, whatever a block of keys looks like: (2, slots, K, blocks, KEY_BLOCK * D).
+        self._blocks = [
+            [view.view(*view.shape[:3], -1, KEY_BLOCK * head_size) for view in views]
+            for views in self._tokens
+        ]
 
     @property
     def cache_bytes(self) -> int:
@@ -118,75 +131,72 @@ class SlotCache:
         bases = self._bases if slots is None else self._bases[slots]
         return (bases[:, None] + positions[..., None]).flatten()
 
+    def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a token's queries (T, H, D), keys and values (T, K, D), which lie side by side."""
+        heads = joined.view(len(joined), -1, self.head_size)
+        queries = heads.shape[1] - 2 * self.key_heads
+        return heads[:, :queries], heads[:, queries : -self.key_heads], heads[:, -self.key_heads :]
+
     def write(self, layer: int, destination: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store new keys and values, (T, K, D) each, where `destinations` says; no other place changes."""
         keys, values = self._flat[layer]
-        width = keys.shape[-1]
-        keys.index_copy_(0, destination, key.reshape(-1, width).to(keys.dtype))
-        values.index_copy_(0, destination, value.reshape(-1, width).to(values.dtype))
+        size = keys.shape[-1]
+        keys.index_copy_(0, destination, key.reshape(-1, size).to(keys.dtype))
+        values.index_copy_(0, destination, value.reshape(-1, size).to(values.dtype))
 
     def read(self, layer: int, start: int, count: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of neighbouring slots of one class, (count, K, kv_len, D) each."""
-        room = self._room_of[start]
-        number, first = self.rooms.index(room), start - room.start
-        return (
-            self._keys[number][layer][first : first + count, :, :kv_len],
-            self._values[number][layer][first : first + count, :, :kv_len],
-        )
-
-    def flat(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all keys and values as they lie; token-major: (tokens, K * D)."""
-        keys, values = self._flat[layer]
+        number, first = self._room_and_row(start)
+        keys, values = self._tokens[number][layer][:, first : first + count, :, :kv_len]
         return keys, values
 
+    def arrays(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return all keys and values as they lie, flat, on a CPU in float32."""
+        return self._arrays[layer]
+
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot to another, of whatever class."""
-        for layer in range(len(self._flat)):
-            sources = self.read(layer, source, 1, length)
-            for old, new in zip(sources, self.read(layer, target, 1, length), strict=True):
-                new.copy_(old)
+        """Copy the first `length` tokens of one slot to another, of whatever class; in whole blocks."""
+        blocks = -(-length // KEY_BLOCK)
+        for old, new in zip(self._blocks_of(source), self._blocks_of(target), strict=True):
+            new[:, :, :blocks].copy_(old[:, :, :blocks])
 
     def is_finite(self, slot: int) -> bool:
         """Whether a slot holds numbers alone; waits for the device."""
-        capacity = self._room_of[slot].capacity
-        return all(
-            bool(part.isfinite().all())
-            for layer in range(len(self._flat))
-            for part in self.read(layer, slot, 1, capacity)
-        )
+        return all(bool(blocks.isfinite().all()) for blocks in self._blocks_of(slot))
 
     def wipe(self, slot: int) -> None:
         """Zero one slot. Needed after numbers that are not finite: masked NaN still spreads."""
-        for layer in range(len(self._flat)):
-            for part in self.read(layer, slot, 1, self._room_of[slot].capacity):
-                part.zero_()
+        for blocks in self._blocks_of(slot):
+            blocks.zero_()
 
     def fill_alike(self, generator: torch.Generator) -> None:
         """Give all slots the same random content, made on the generator's device."""
-        longest = max(room.capacity for room in self.rooms)
-        for layer in range(len(self._flat)):
-            pair = (self._keys, self._values)
-            for views in pair:
-                _, heads, _, size = views[0][layer].shape
-                row = torch.randn(heads, longest, size, generator=generator, device=generator.device)
-                for room, view in zip(self.rooms, views, strict=True):
-                    part = row[:, : room.capacity].to(view[layer].device, view[layer].dtype)
-                    view[layer].copy_(part.expand_as(view[layer]))
+        longest = max(room.capacity for room in self.rooms) // KEY_BLOCK
+        shape = (2, 1, self.key_heads, longest, KEY_BLOCK * self.head_size)
+        for views in zip(*self._blocks, strict=True):
+            content = torch.randn(shape, generator=generator, device=generator.device)
+            for view in views:
+                view.copy_(content[:, :, :, : view.shape[3]].expand_as(view))
 
     def clear(self) -> None:
         """Zero all slots."""
         for flat in self._flat:
             flat.zero_()
 
-    def _view(self, flat: torch.Tensor, room: Room, head_size: int) -> torch.Tensor:
-        slots, heads = room.end - room.start, self._key_heads
-        start = self._starts[room.start]
-        tokens = slots * room.capacity
-        if self._is_token_major:
-            part = flat[start : start + tokens].view(slots, room.capacity, heads, head_size)
-            return part.transpose(1, 2)
-        part = flat[start * heads : (start + tokens) * heads]
-        return part.view(slots, heads, room.capacity, head_size)
+    def _view(self, flat: torch.Tensor, room: Room) -> torch.Tensor:
+        slots, start = room.end - room.start, self._starts[room.start] * self.key_heads
+        part = flat[:, start : start + slots * room.capacity * self.key_heads]
+        return part.view(2, slots, self.key_heads, room.capacity, self.head_size)
+
+    def _room_and_row(self, slot: int) -> tuple[int, int]:
+        """Return the number of a slot's class, and the slot's number within it."""
+        room = self._room_of[slot]
+        return self.rooms.index(room), slot - room.start
+
+    def _blocks_of(self, slot: int) -> list[torch.Tensor]:
+        """Return a slot's blocks, (2, K, blocks, KEY_BLOCK * D) per layer."""
+        number, row = self._room_and_row(slot)
+        return [view[:, row] for view in self._blocks[number]]
 
 
 def _rooms(classes: Sequence[SlotClass]) -> list[Room]:

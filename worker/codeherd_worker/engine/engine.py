@@ -30,6 +30,7 @@ from codeherd_schema.errors import (
     OutOfMemory,
     PromptTooLong,
 )
+from codeherd_worker.engine.compute_thread import ComputeThread
 from codeherd_worker.engine.decode import SlotDecoder
 from codeherd_worker.engine.drafts import PromptLookup
 from codeherd_worker.engine.faults import is_out_of_memory, is_sticky
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 _FINGERPRINT_LENGTH = 16
 #: Packages whose version decides which kernels run.
 _KERNEL_PACKAGES = ("torch", "transformers", "bitsandbytes")
+#: Packages whose version decides how a CPU's loops are compiled.
+_COMPILERS = ("numba", "llvmlite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,7 @@ class Engine:
         model: LlamaForCausalLM,
         settings: EngineSettings,
         *,
+        thread: ComputeThread | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocate all memory that the engine will ever need.
@@ -159,6 +163,8 @@ class Engine:
         Args:
             model: loaded, in eval mode; nobody else may call it while the engine lives.
             settings: the size.
+            thread: on which to decode, the one that loaded the model if it is to be fast on a CPU; ended by
+                whoever made it. None: one of the engine's own.
             clock: seconds, monotonic.
 
         Raises:
@@ -193,7 +199,8 @@ class Engine:
         self.facts = _facts(model, self._decoder, settings)
         #: A short stable hash of `facts`.
         self.fingerprint = _digest(self.facts)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread, self._owns_thread = thread, thread is None
+        self._loop: Future[None] | None = None
         # Guards what other threads touch: the next four.
         self._wake = threading.Condition()
         self._arrived: list[Sequence] = []
@@ -226,18 +233,22 @@ class Engine:
         return checks
 
     def start(self) -> None:
-        """Start the engine thread."""
-        self._thread.start()
+        """Start to decode."""
+        if self._thread is None:
+            self._thread = ComputeThread()
+        self._loop = self._thread.submit(self._run)
 
     def close(self) -> None:
-        """Cancel what is left with `DRAIN`, complete its futures, and end the thread."""
+        """Cancel what is left with `DRAIN`, complete its futures, and decode no more."""
         with self._wake:
             self._is_closing = True
             self._wake.notify()
-        if self._thread.ident is None:
+        if self._loop is None:
             self._drain()
-        else:
-            self._thread.join()
+            return
+        self._loop.result()
+        if self._thread is not None and self._owns_thread:
+            self._thread.close()
 
     def submit(self, request: SequenceRequest) -> Future[SequenceOutcome]:
         """Put a sequence in line.
@@ -414,6 +425,7 @@ def _facts(model: LlamaForCausalLM, decoder: SlotDecoder, settings: EngineSettin
         # CPU kernels differ by instruction set, and share rows among threads.
         facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         facts["threads"] = torch.get_num_threads()
+        facts |= {name: importlib.metadata.version(name) for name in _COMPILERS}
     return facts
 
 

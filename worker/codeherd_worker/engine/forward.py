@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from codeherd_schema.errors import ModelFilesInvalid
 from codeherd_worker.engine.linears import Linear, join
+from codeherd_worker.engine.operations import operations_for
 
 #: RoPE types whose angles do not depend on how long a sequence is, so that one table serves all.
 _FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
@@ -27,16 +28,12 @@ _FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 class Attend(Protocol):
     """Store a layer's new keys and values, and attend."""
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, joined: torch.Tensor) -> torch.Tensor:
         """Return what each token attends.
 
         Args:
             layer: its number.
-            query: (T, H, D).
-            key: (T, K, D).
-            value: (T, K, D).
+            joined: (T, (H + 2 K) * D): a token's rotated queries and keys, and its values, side by side.
 
         Returns:
             (T, H * D).
@@ -47,7 +44,7 @@ class Attend(Protocol):
 class _Layer:
     """One decoder layer's weights, ready to be called."""
 
-    __slots__ = ("act", "attention_norm", "device", "down", "gate_up", "mlp_norm", "output", "qkv")
+    __slots__ = ("attention_norm", "device", "down", "gate_up", "mlp_norm", "output", "qkv")
 
     def __init__(self, layer: LlamaDecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -56,7 +53,6 @@ class _Layer:
         self.output: Linear = join([attention.o_proj])
         self.gate_up: Linear = join([mlp.gate_proj, mlp.up_proj])
         self.down: Linear = join([mlp.down_proj])
-        self.act = mlp.act_fn
         self.attention_norm = layer.input_layernorm.weight.data
         self.mlp_norm = layer.post_attention_layernorm.weight.data
 
@@ -85,7 +81,6 @@ class LlamaForward:
         self.heads: int = config.num_attention_heads
         self.key_heads: int = config.num_key_value_heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self._epsilon: float = config.rms_norm_eps
         self._layers = [_Layer(layer) for layer in model.model.layers]
         self._embedding = model.get_input_embeddings()
         self._final_norm = model.model.norm.weight.data
@@ -95,6 +90,9 @@ class LlamaForward:
         self.device: torch.device = self._embedding.weight.device
         self.layer_devices = [layer.device for layer in self._layers]
         self._rotary = _rotary_table(model, positions)
+        self._do = operations_for(
+            self.device, self.dtype, model.model.layers[0].mlp.act_fn, config.rms_norm_eps
+        )
 
     @property
     def linears(self) -> list[Linear]:
@@ -122,36 +120,36 @@ class LlamaForward:
         """
         hidden = functional.embedding(token_ids, self._embedding.weight)
         cosine, sine = self._angles(positions, hidden.device)
-        query_size = self.heads * self.head_size
-        rotated_size = query_size + self.key_heads * self.head_size
+        rotated_heads = self.heads + self.key_heads
+        # What the layer before adds to its tokens, added where the next norm reads them anyway.
+        delta: torch.Tensor | None = None
         for number, layer in enumerate(self._layers):
             if layer.device != hidden.device:
                 hidden = hidden.to(layer.device)
+                delta = None if delta is None else delta.to(layer.device)
                 cosine, sine = self._angles(positions, layer.device)
-            joined = layer.qkv(self._norm(hidden, layer.attention_norm))
-            tokens = joined.shape[0]
-            rotated = joined[:, :rotated_size].view(tokens, -1, self.head_size)
-            turned = rotated.roll(self.head_size // 2, -1)
-            # In place: these are two thirds of a tensor that nobody else sees.
-            rotated.mul_(cosine).addcmul_(turned, sine)
-            attended = attend(
-                number,
-                rotated[:, : self.heads],
-                rotated[:, self.heads :],
-                joined[:, rotated_size:].view(tokens, self.key_heads, self.head_size),
-            )
-            hidden = hidden + layer.output(attended)
-            gate_up = layer.gate_up(self._norm(hidden, layer.mlp_norm))
-            gate, up = gate_up.chunk(2, dim=-1)
-            hidden = hidden + layer.down(layer.act(gate).mul_(up))
+            hidden, normed = self._add_and_norm(hidden, delta, layer.attention_norm)
+            joined = layer.qkv(normed)
+            self._do.rotate(joined, rotated_heads, cosine, sine)
+            delta = layer.output(attend(number, joined))
+            hidden, normed = self._add_and_norm(hidden, delta, layer.mlp_norm)
+            delta = layer.down(self._do.gate(layer.gate_up(normed)))
         if wanted is not None:
-            hidden = hidden.index_select(0, wanted.to(hidden.device))
-        hidden = self._norm(hidden.to(self._final_norm.device), self._final_norm)
-        logits = self._head(hidden)
+            wanted = wanted.to(hidden.device)
+            hidden = hidden.index_select(0, wanted)
+            delta = None if delta is None else delta.index_select(0, wanted)
+        final_device = self._final_norm.device
+        delta = None if delta is None else delta.to(final_device)
+        _, normed = self._add_and_norm(hidden.to(final_device), delta, self._final_norm)
+        logits = self._head(normed)
         return logits.to(self.device)
 
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(hidden, weight.shape, weight, self._epsilon)
+    def _add_and_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if delta is None:
+            return hidden, self._do.norm(hidden, weight)
+        return self._do.add_and_norm(hidden, delta, weight)
 
     def _angles(self, positions: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and signed sine of the tokens' angles, (T, 1, D) each."""

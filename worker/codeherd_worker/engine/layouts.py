@@ -15,11 +15,6 @@ from codeherd_worker.engine.attention import Stretch
 from codeherd_worker.engine.cache import KV_BLOCK, SlotCache
 from codeherd_worker.engine.uploads import upload
 
-#: Tokens. Reads within the first block come in such steps; which of them round as longer reads do, is tried.
-_KV_STEP = 64
-#: Read lengths of one class, at most about so many: each is tried at the start.
-_MOST_KV_LENGTHS = 24
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -130,22 +125,17 @@ def lay_out_step(live: Collection[int], rows: int, cache: SlotCache, device: tor
     )
 
 
-def kv_lengths(readable_len: int, device: torch.device) -> tuple[int, ...]:
-    """Return how far slots of this length may be read, ascending."""
-    if device.type != "cpu":
-        # Each is a captured graph: few of them, and at most twice what is needed is read.
-        doubled = []
-        length = KV_BLOCK
-        while length < readable_len:
-            doubled.append(length)
-            length *= 2
-        return (*doubled, readable_len)
-    step = KV_BLOCK
-    while readable_len > step * _MOST_KV_LENGTHS:
-        step *= 2
-    short = range(_KV_STEP, min(KV_BLOCK, readable_len), _KV_STEP)
-    middle = range(KV_BLOCK, min(step, readable_len), KV_BLOCK)
-    return (*short, *middle, *range(step, readable_len, step), readable_len)
+def kv_lengths(readable_len: int) -> tuple[int, ...]:
+    """Return how far slots of this length may be read, ascending.
+
+    Each is a captured graph: few of them, and at most twice what is needed is read.
+    """
+    doubled = []
+    length = KV_BLOCK
+    while length < readable_len:
+        doubled.append(length)
+        length *= 2
+    return (*doubled, readable_len)
 
 
 def _neighbours(slots: Sequence[int], cache: SlotCache) -> list[tuple[int, int]]:

@@ -23,7 +23,8 @@ from transformers import LlamaForCausalLM
 from codeherd_worker.engine import rounding
 from codeherd_worker.engine.attention import DecodeAttention, PrefillAttention, Run
 from codeherd_worker.engine.cache import KV_BLOCK, SlotCache
-from codeherd_worker.engine.forward import LlamaForward
+from codeherd_worker.engine.cpu_attention import CpuAttention
+from codeherd_worker.engine.forward import Attend, LlamaForward
 from codeherd_worker.engine.graphs import StepGraphs
 from codeherd_worker.engine.layouts import PassLayout, Piece, StepLayout, kv_lengths, lay_out_pass
 from codeherd_worker.engine.slot_classes import SlotClass
@@ -31,9 +32,6 @@ from codeherd_worker.engine.uploads import upload
 
 #: Tokens. A granule is the first of these whose bits do not depend on its place in a pass.
 GRANULES = (32, 64, 128)
-#: Tokens per row for which a CPU's attention has room in any case: engines with few drafts or none then
-#: give the same bits, and keys are what it waits for.
-_CPU_ROW_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +100,26 @@ class Passes:
             [*classes, *idle],
             key_heads=forward.key_heads,
             head_size=forward.head_size,
-            # A CPU attends in float32, see `attention.py`.
+            # A CPU attends in float32, with kernels of its own.
             dtype=torch.float32 if is_cpu else forward.dtype,
             layer_devices=forward.layer_devices,
+            blocked_keys=has_kernels(self.device, forward.head_size),
         )
-        self.kv_lengths = tuple(kv_lengths(room.readable_len, self.device) for room in self.cache.rooms)
+        self._scale = forward.head_size**-0.5
+        self._on_cpu: CpuAttention | None = None
+        if has_kernels(self.device, forward.head_size):
+            self._on_cpu = CpuAttention(self.cache, heads=forward.heads, scale=self._scale)
+        readable = [room.readable_len for room in self.cache.rooms]
+        # Compiled loops read what each token has.
+        self.kv_lengths = tuple((n,) if self._on_cpu else kv_lengths(n) for n in readable)
         self.drafts_are_optional = True
         self.graphs = StepGraphs(self.device)
         self.heads, self.key_heads, self.head_size = forward.heads, forward.key_heads, forward.head_size
         #: Of the model's own numbers; keys and values may be held in another.
         self.dtype = forward.dtype
         self._group = forward.heads // forward.key_heads
-        self._scale = forward.head_size**-0.5
-        row_tokens = max(1 + draft_tokens, _CPU_ROW_TOKENS if is_cpu else 1)
         #: Query rows per key head of every decode step.
-        self.query_rows = -(-self._group * row_tokens // 2) * 2
+        self.query_rows = -(-self._group * (1 + draft_tokens) // 2) * 2
         self.first_layer_device = forward.layer_devices[0]
         #: Copies between devices cannot be captured.
         self.is_on_one_device = set(forward.layer_devices) == {self.device}
@@ -135,6 +138,11 @@ class Passes:
             kv_lengths=self.kv_lengths,
             spares=tuple(room.readable_len for room in self.cache.rooms),
         )
+
+    @property
+    def reads_vary(self) -> bool:
+        """Whether slots are read farther than their tokens need."""
+        return self._on_cpu is None
 
     def row_count(self, rows: int) -> int:
         """Return how many rows a step has that needs so many."""
@@ -182,8 +190,10 @@ class Passes:
         slots = [*ending, *[ending[0]] * missing]
         return logits, upload(slots, self.device), slots
 
-    def prefill_attention(self, layout: PassLayout, positions: torch.Tensor) -> PrefillAttention:
+    def prefill_attention(self, layout: PassLayout, positions: torch.Tensor) -> Attend:
         """Return the attention of one prefill pass; `positions` are the layout's, on the device."""
+        if self._on_cpu is not None:
+            return self._on_cpu.over(layout.slots, positions, layout.written)
         written = upload(layout.written, self.device)
         return PrefillAttention(
             self.cache,
@@ -272,8 +282,11 @@ class Passes:
 
     def decode_attention(
         self, layout: StepLayout, reads: Sequence[int], positions: torch.Tensor, written: torch.Tensor
-    ) -> DecodeAttention:
+    ) -> Attend:
         """Return the attention of one decode step, reading each run of slots as far as `reads` says."""
+        if self._on_cpu is not None:
+            slots = layout.rows.repeat_interleave(positions.shape[1])
+            return self._on_cpu.over(slots, positions.flatten(), written.flatten())
         return DecodeAttention(
             self.cache,
             destination=self.cache.destinations(written, layout.rows),
@@ -284,6 +297,11 @@ class Passes:
             rows=self.query_rows,
             scale=self._scale,
         )
+
+
+def has_kernels(device: torch.device, head_size: int) -> bool:
+    """Whether attention has compiled loops of its own here, instead of torch's."""
+    return device.type == "cpu" and head_size % 4 == 0
 
 
 def _row_counts(rows: int) -> list[int]:

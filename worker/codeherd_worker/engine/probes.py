@@ -107,6 +107,8 @@ class _Probes:
     def check_kv_lengths(self) -> bool:
         """Drop the read lengths at which attention has other bits than at the longest of all classes."""
         passes = self._passes
+        if not passes.reads_vary:
+            return True
         unsound = {
             kv_len
             for number, lengths in enumerate(passes.kv_lengths)
@@ -216,8 +218,7 @@ class _Probes:
         layout = lay_out_step(slots, count, passes.cache, passes.device)
         positions = upload(places, passes.device)[:, None]
         attention = passes.decode_attention(layout, [kv_len], positions, layout.spares[:, None])
-        keys = self._no_keys(count)
-        return attention(0, queries.to(keys.device), keys, keys).clone()
+        return attention(0, self._joined(queries)).clone()
 
     def _attend_granule(self, slot: int, queries: torch.Tensor, start: int, kv_len: int) -> torch.Tensor:
         """Attend one granule of a slot, in the first layer; return (G, H * D)."""
@@ -231,14 +232,14 @@ class _Probes:
             stretches=[Stretch(slot, 0, granule, kv_len)],
         )
         attention = passes.prefill_attention(layout, upload(layout.positions, passes.device))
-        keys = self._no_keys(granule)
-        return attention(0, queries.to(keys.device), keys, keys).clone()
+        return attention(0, self._joined(queries)).clone()
 
-    def _no_keys(self, tokens: int) -> torch.Tensor:
-        """Return keys that are written where nothing is read: a slot's past stays as it is."""
+    def _joined(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return queries with keys and values that are written where nothing is read."""
         passes = self._passes
-        shape = (tokens, passes.key_heads, passes.head_size)
-        return torch.zeros(shape, dtype=passes.dtype, device=passes.first_layer_device)
+        queries = queries.to(passes.first_layer_device)
+        keys = queries.new_zeros(len(queries), 2 * passes.key_heads, passes.head_size)
+        return torch.cat([queries, keys], dim=1).flatten(1)
 
     def _prefill(self, *pieces: Piece) -> torch.Tensor:
         """Return the logits after the last piece, (1, V)."""

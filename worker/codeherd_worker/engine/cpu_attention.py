@@ -1,0 +1,96 @@
+"""Attend the slots of a CPU's cache: every token reads the keys that its sequence has, and no others.
+
+Owns: which tokens are attended together, and the memory that the kernel works in. Does not know how the
+kernel computes (`kernels.py`), layers' weights or when a pass happens. For GPUs see `attention.py`.
+
+What a token gets does not depend on what shares its pass: tokens stand together only so that keys are read
+from memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from codeherd_worker.engine.cache import SlotCache
+
+
+class CpuAttention:
+    """What the kernel works in, allocated once; for one pass at a time."""
+
+    def __init__(self, cache: SlotCache, *, heads: int, scale: float) -> None:
+        """Allocate.
+
+        Args:
+            cache: with keys by dimension.
+            heads: H, query heads.
+            scale: factor on the scores.
+        """
+        # Imported here: a GPU's worker needs no compiler.
+        from codeherd_worker.engine import kernels
+
+        self.kernels, self.cache = kernels, cache
+        self.heads, self.scale = heads, np.float32(scale)
+        self.threads = kernels.usable_threads()
+        group = heads // cache.key_heads
+        #: Neighbouring tokens of one slot that are attended together.
+        self.tokens = max(1, kernels.QUERIES // group)
+        shape = (self.threads, self.tokens * group)
+        self.queries = np.empty((*shape, cache.head_size), np.float32)
+        self.scores = np.empty((*shape, int(cache.capacities.max())), np.float32)
+        self.mixed = np.empty((*shape, cache.head_size), np.float32)
+
+    def over(
+        self,
+        slots: Sequence[int] | torch.Tensor,
+        positions: torch.Tensor,
+        places: Sequence[int] | torch.Tensor,
+    ) -> CpuPass:
+        """Return the attention of one pass.
+
+        Args:
+            slots: (T,) int64, each token's slot; a slot's tokens are neighbours.
+            positions: (T,) int64, each token's place in its sequence: it attends this one and all before it.
+            places: (T,) int64, where in its slot a token is stored. Who is stored at a spare place belongs to
+                no sequence, and attends next to nothing.
+        """
+        own_slots, own_places = np.asarray(slots, np.int64), np.asarray(places, np.int64)
+        is_spare = own_places >= self.cache.spare_places[own_slots]
+        ends = np.where(is_spare, 1, np.asarray(positions, np.int64) + 1)
+        return CpuPass(self, own_slots, own_places, ends, _groups(own_slots, self.tokens))
+
+
+class CpuPass:
+    """The tokens of one pass; see `forward.Attend`."""
+
+    __slots__ = ("_who", "_work")
+
+    def __init__(self, work: CpuAttention, *who: NDArray[np.int64]) -> None:
+        """Hold what `CpuAttention.over` found out."""
+        self._work, self._who = work, who
+
+    def __call__(self, layer: int, joined: torch.Tensor) -> torch.Tensor:
+        """Store and attend; see `forward.Attend`."""
+        work, cache = self._work, self._work.cache
+        keys, values = cache.arrays(layer)
+        output = torch.empty(joined.shape[0], work.heads * cache.head_size)
+        work.kernels.attend(
+            joined.float().numpy(), work.heads, cache.key_heads, keys, values, cache.bases, cache.capacities,
+            *self._who, work.scale, work.queries, work.scores, work.mixed, output.numpy(),
+        )  # fmt: skip
+        return output.to(joined.dtype)
+
+
+def _groups(slots: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return first token and count, (G, 2), of neighbours in one slot, at most so many each."""
+    first = np.flatnonzero(np.concatenate(([True], slots[1:] != slots[:-1])))
+    counts = np.diff(np.append(first, len(slots)))
+    parts = [
+        (start + begin, min(most, count - begin))
+        for start, count in zip(first.tolist(), counts.tolist(), strict=True)
+        for begin in range(0, count, most)
+    ]
+    return np.array(parts, np.int64)

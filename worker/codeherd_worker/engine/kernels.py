@@ -1,0 +1,363 @@
+"""Compute on a CPU what stands between a model's matrix products: compiled loops over float32.
+
+Owns: attention over the slot cache, norms, rotation and gating, each as one call. Does not know layers,
+weights or sequences: arrays come in, arrays are filled.
+
+Every number is the result of the same operations in the same order, whatever shares the pass and whichever
+thread computes it. That is why loops run over independent numbers (keys, or places of a vector), never over
+the terms of one sum, and why sums that must be vectorized have sixteen written-down lanes. The compiler may
+contract a product and a sum (`contract`), and may not reorder (`reassoc`) or assume that all is finite.
+
+Measured with numba 0.68, 16 rows of 3 heads with 60 to 380 keys, two cores: 0.35 ms a layer, of which 0.09
+if the cache were in the cores' own; torch's CPU attention took 1.26 ms, reading 384 keys for every row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import prange
+
+from codeherd_worker.engine.cache import KEY_BLOCK
+
+logger = logging.getLogger(__name__)
+
+# OpenMP first: its threads may be used by several threads of a process, and spin while they wait.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
+
+#: Queries that read a stretch of keys while it is in a core's own cache.
+QUERIES = 32
+#: Values that are read at a time: 64 KiB at 64 numbers each.
+_STRETCH = 256
+#: Lanes of a sum, no fewer than any CPU computes at once. Scores are padded to whole lanes.
+LANES = 16
+
+#: Threads that were started for kernels in this process.
+MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+_f32 = np.float32
+#: Less than any score; not infinity, because infinity less infinity is no number.
+_NO_SCORE = _f32(-3.0e38)
+#: Below this e**x is no normal number.
+_LOWEST = _f32(-87.0)
+
+
+def usable_threads() -> int:
+    """Return how many threads kernels use: as many as torch does."""
+    return min(torch.get_num_threads(), MOST_THREADS)
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Return a compiled function, kept on disk between starts where a folder can be written."""
+    options |= {"fastmath": {"contract"}, "nogil": True}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError as err:
+        logger.info("kernel_not_kept name=%s reason=%s", function.__name__, err)
+        return numba.njit(**options)(function)
+
+
+def _part(function: Callable[..., Any]) -> Any:
+    """Make a function a part of the compiled ones that call it."""
+    return _compiled(function)
+
+
+@_part
+def _exp(x):  # type: ignore[no-untyped-def]
+    """Return e**x for x <= 0, within two units in the last place: the polynomial of Cephes' `expf`."""
+    x = _LOWEST if x < _LOWEST else x
+    power = np.floor(x * _f32(1.44269504088896341) + _f32(0.5))
+    rest = (x - power * _f32(0.693359375)) - power * _f32(-2.12194440e-4)
+    total = _f32(1.9875691500e-4)
+    total = total * rest + _f32(1.3981999507e-3)
+    total = total * rest + _f32(8.3334519073e-3)
+    total = total * rest + _f32(4.1665795894e-2)
+    total = total * rest + _f32(1.6666665459e-1)
+    total = total * rest + _f32(5.0000001201e-1)
+    total = total * (rest * rest) + rest + _f32(1.0)
+    return total * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(_f32)
+
+
+@_part
+def _score_one(query, keys, scores):  # type: ignore[no-untyped-def]
+    """Put query times keys into scores; keys are (D, KEY_BLOCK), D a multiple of 4."""
+    for t in range(KEY_BLOCK):
+        scores[t] = _f32(0.0)
+    for d in range(0, query.shape[0], 4):
+        q0, q1, q2, q3 = query[d], query[d + 1], query[d + 2], query[d + 3]
+        k0, k1, k2, k3 = keys[d], keys[d + 1], keys[d + 2], keys[d + 3]
+        for t in range(KEY_BLOCK):
+            scores[t] = scores[t] + q0 * k0[t] + q1 * k1[t] + q2 * k2[t] + q3 * k3[t]
+
+
+@_part
+def _score_two(query, other, keys, scores, others):  # type: ignore[no-untyped-def]
+    """Do what `_score_one` does for two queries: keys are read once."""
+    for t in range(KEY_BLOCK):
+        scores[t] = _f32(0.0)
+        others[t] = _f32(0.0)
+    for d in range(0, query.shape[0], 4):
+        q0, q1, q2, q3 = query[d], query[d + 1], query[d + 2], query[d + 3]
+        p0, p1, p2, p3 = other[d], other[d + 1], other[d + 2], other[d + 3]
+        k0, k1, k2, k3 = keys[d], keys[d + 1], keys[d + 2], keys[d + 3]
+        for t in range(KEY_BLOCK):
+            scores[t] = scores[t] + q0 * k0[t] + q1 * k1[t] + q2 * k2[t] + q3 * k3[t]
+            others[t] = others[t] + p0 * k0[t] + p1 * k1[t] + p2 * k2[t] + p3 * k3[t]
+
+
+@_part
+def _normalize(scores, end, lanes):  # type: ignore[no-untyped-def]
+    """Turn scores [0, end) into weights before their division; return their sum."""
+    padded = (end + LANES - 1) // LANES * LANES
+    for t in range(end, padded):
+        scores[t] = _NO_SCORE
+    for j in range(LANES):
+        lanes[j] = _NO_SCORE
+    for t in range(0, padded, LANES):
+        for j in range(LANES):
+            lanes[j] = scores[t + j] if scores[t + j] > lanes[j] else lanes[j]
+    top = lanes[0]
+    for j in range(LANES):
+        top = lanes[j] if lanes[j] > top else top
+    for t in range(end):
+        scores[t] = _exp(scores[t] - top)
+    for t in range(end, padded):
+        scores[t] = _f32(0.0)
+    for j in range(LANES):
+        lanes[j] = _f32(0.0)
+    for t in range(0, padded, LANES):
+        for j in range(LANES):
+            lanes[j] += scores[t + j]
+    total = _f32(0.0)
+    for j in range(LANES):
+        total += lanes[j]
+    return total
+
+
+@_part
+def _mix_one(weights, values, output, start, stop):  # type: ignore[no-untyped-def]
+    """Add the weighted values [start, stop), (C, D), to an output, one after the other."""
+    t = start
+    while t + 4 <= stop:
+        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
+        v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
+        for d in range(output.shape[0]):
+            output[d] = output[d] + w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
+        t += 4
+    while t < stop:
+        w0, v0 = weights[t], values[t]
+        for d in range(output.shape[0]):
+            output[d] = output[d] + w0 * v0[d]
+        t += 1
+
+
+@_part
+def _mix_two(weights, others, values, output, further, start, stop):  # type: ignore[no-untyped-def]
+    """Do what `_mix_one` does for two outputs: values are read once."""
+    t = start
+    while t + 4 <= stop:
+        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
+        x0, x1, x2, x3 = others[t], others[t + 1], others[t + 2], others[t + 3]
+        v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
+        for d in range(output.shape[0]):
+            output[d] = output[d] + w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
+            further[d] = further[d] + x0 * v0[d] + x1 * v1[d] + x2 * v2[d] + x3 * v3[d]
+        t += 4
+    while t < stop:
+        w0, x0, v0 = weights[t], others[t], values[t]
+        for d in range(output.shape[0]):
+            output[d] = output[d] + w0 * v0[d]
+            further[d] = further[d] + x0 * v0[d]
+        t += 1
+
+
+@_part
+def _attend_queries(queries, ends, count, keys, values, scores, outputs, lanes):  # type: ignore[no-untyped-def]
+    """Attend `count` queries of one key head, each the keys before its own end."""
+    longest = 0
+    for i in range(count):
+        longest = max(longest, ends[i])
+    for i in range(count):
+        outputs[i] = _f32(0.0)
+    for block in range((longest + KEY_BLOCK - 1) // KEY_BLOCK):
+        start = block * KEY_BLOCK
+        for i in range(0, count - 1, 2):
+            _score_two(queries[i], queries[i + 1], keys[block], scores[i, start:], scores[i + 1, start:])
+        if count % 2:
+            _score_one(queries[count - 1], keys[block], scores[count - 1, start:])
+    for i in range(count):
+        total = _normalize(scores[i], ends[i], lanes)
+        lanes[LANES + i] = total
+    for start in range(0, longest, _STRETCH):
+        stop = min(start + _STRETCH, longest)
+        for i in range(0, count - 1, 2):
+            # Beyond its own end a token sees nothing, not even zero times what lies there.
+            both = max(start, min(stop, ends[i], ends[i + 1]))
+            _mix_two(scores[i], scores[i + 1], values, outputs[i], outputs[i + 1], start, both)
+            for j in range(i, i + 2):
+                _mix_one(scores[j], values, outputs[j], both, min(stop, ends[j]))
+        if count % 2:
+            i = count - 1
+            _mix_one(scores[i], values, outputs[i], start, min(stop, ends[i]))
+    for i in range(count):
+        share = _f32(1.0) / lanes[LANES + i]
+        for d in range(outputs.shape[1]):
+            outputs[i, d] = outputs[i, d] * share
+
+
+def _attend(  # type: ignore[no-untyped-def]
+    joined, heads, key_heads, keys, values, bases, capacities,
+    slots, places, ends, groups, scale, queries, scores, mixed, output,
+):  # fmt: skip
+    """Store a pass's keys and values, then attend.
+
+    Args:
+        joined: (T, (H + 2 K) D), the rotated queries and keys, and the values, side by side.
+        heads: H.
+        key_heads: K.
+        keys: flat; a slot's are (K, C / KEY_BLOCK, D, KEY_BLOCK), C its capacity; D a multiple of 4.
+        values: flat; a slot's are (K, C, D).
+        bases: (slots,) where each slot begins, in both.
+        capacities: (slots,) tokens of each slot.
+        slots: (T,) each token's slot.
+        places: (T,) where in its slot a token is stored.
+        ends: (T,) how many tokens of its slot a token attends.
+        groups: (G, 2) first token, and how many: neighbours in one slot.
+        scale: factor on the scores.
+        queries: (threads, Q, D) to work with.
+        scores: (threads, Q, C) to work with, C the largest capacity.
+        mixed: (threads, Q, D) to work with.
+        output: (T, H D).
+    """
+    tokens, size = joined.shape[0], joined.shape[1] // (heads + 2 * key_heads)
+    threads, share = scores.shape[0], heads // key_heads
+    for thread in prange(threads):
+        for item in range(thread, tokens * key_heads, threads):
+            token, head = item // key_heads, item % key_heads
+            slot, place = slots[token], places[token]
+            capacity = capacities[slot]
+            begin = bases[slot] + head * capacity * size
+            key, value = (heads + head) * size, (heads + key_heads + head) * size
+            column = begin + place // KEY_BLOCK * KEY_BLOCK * size + place % KEY_BLOCK
+            for d in range(size):
+                keys[column + d * KEY_BLOCK] = joined[token, key + d]
+            for d in range(size):
+                values[begin + place * size + d] = joined[token, value + d]
+    for thread in prange(threads):
+        own_queries, own_scores, own_mixed = queries[thread], scores[thread], mixed[thread]
+        lanes = np.empty(LANES + own_queries.shape[0], _f32)
+        own_ends = np.empty(own_queries.shape[0], np.int64)
+        for item in range(thread, groups.shape[0] * key_heads, threads):
+            group, head = item // key_heads, item % key_heads
+            first, count = groups[group, 0], groups[group, 1]
+            slot = slots[first]
+            capacity = capacities[slot]
+            begin = bases[slot] + head * capacity * size
+            own_keys = keys[begin : begin + capacity * size].reshape(capacity // KEY_BLOCK, size, KEY_BLOCK)
+            own_values = values[begin : begin + capacity * size].reshape(capacity, size)
+            for i in range(count * share):
+                token, column = first + i // share, (head * share + i % share) * size
+                own_ends[i] = ends[token]
+                for d in range(size):
+                    own_queries[i, d] = joined[token, column + d] * scale
+            _attend_queries(
+                own_queries, own_ends, count * share, own_keys, own_values, own_scores, own_mixed, lanes
+            )
+            for i in range(count * share):
+                token, column = first + i // share, (head * share + i % share) * size
+                for d in range(size):
+                    output[token, column + d] = own_mixed[i, d]
+
+
+@_part
+def _normalize_row(row, weight, epsilon, output, lanes):  # type: ignore[no-untyped-def]
+    """RMS norm of one vector."""
+    size = row.shape[0]
+    for j in range(LANES):
+        lanes[j] = _f32(0.0)
+    whole = size // LANES * LANES
+    for c in range(0, whole, LANES):
+        for j in range(LANES):
+            lanes[j] += row[c + j] * row[c + j]
+    for c in range(whole, size):
+        lanes[c - whole] += row[c] * row[c]
+    total = _f32(0.0)
+    for j in range(LANES):
+        total += lanes[j]
+    factor = _f32(1.0) / np.sqrt(total / _f32(size) + epsilon)
+    for c in range(size):
+        output[c] = row[c] * factor * weight[c]
+
+
+def _norm(hidden, weight, epsilon, output):  # type: ignore[no-untyped-def]
+    """Put the RMS norm of every row of (T, N) into `output`."""
+    for row in prange(hidden.shape[0]):
+        _normalize_row(hidden[row], weight, epsilon, output[row], np.empty(LANES, _f32))
+
+
+def _add_and_norm(hidden, delta, weight, epsilon, output):  # type: ignore[no-untyped-def]
+    """Add `delta` to `hidden`, (T, N) each, and put the norm of the sum into `output`."""
+    for row in prange(hidden.shape[0]):
+        for c in range(hidden.shape[1]):
+            hidden[row, c] = hidden[row, c] + delta[row, c]
+        _normalize_row(hidden[row], weight, epsilon, output[row], np.empty(LANES, _f32))
+
+
+def _rotate(joined, heads, cosine, sine):  # type: ignore[no-untyped-def]
+    """Rotate the first `heads` heads of every row of (T, W) in place.
+
+    Args:
+        joined: heads side by side.
+        heads: how many.
+        cosine: (T, D).
+        sine: (T, D), its first half negated.
+    """
+    size = cosine.shape[1]
+    half = size // 2
+    for row in prange(joined.shape[0]):
+        for head in range(heads):
+            low = joined[row, head * size : head * size + half]
+            high = joined[row, head * size + half : (head + 1) * size]
+            for d in range(half):
+                x, y = low[d], high[d]
+                low[d] = x * cosine[row, d] + y * sine[row, d]
+                high[d] = y * cosine[row, half + d] + x * sine[row, half + d]
+
+
+def _gate(gate_up, output):  # type: ignore[no-untyped-def]
+    """Put silu(gate) * up into `output`, (T, N); `gate_up` is (T, 2 N)."""
+    size = output.shape[1]
+    for row in prange(gate_up.shape[0]):
+        for c in range(size):
+            x = gate_up[row, c]
+            decayed = _exp(-abs(x))
+            share = (_f32(1.0) if x >= _f32(0.0) else decayed) / (_f32(1.0) + decayed)
+            output[row, c] = x * share * gate_up[row, size + c]
+
+
+class Kernel:
+    """One compiled kernel."""
+
+    __slots__ = ("_compiled",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._compiled = _compiled(function, parallel=True)
+
+    def __call__(self, *arguments: Any) -> None:
+        """Fill the arrays that the kernel fills."""
+        # Of the calling thread. Always the same number: OpenMP ends a thread that one call does not need,
+        # and starts another for the next.
+        numba.set_num_threads(usable_threads())
+        self._compiled(*arguments)
+
+
+attend = Kernel(_attend)
+norm = Kernel(_norm)
+add_and_norm = Kernel(_add_and_norm)
+rotate = Kernel(_rotate)
+gate = Kernel(_gate)
