@@ -24,6 +24,7 @@ from benchmarks.protocol import SLOTS, THREADS
 from benchmarks.records import RoundRecord
 from benchmarks.systems import Entry
 from benchmarks.workloads import WARM_UP_ROUND, Builder, Workload
+from codeherd_worker.device import SPIN_COUNT
 
 #: Seconds that a system may take to answer anything.
 PATIENCE_S = 1800.0
@@ -230,9 +231,9 @@ def environment(*, uses_torch: bool) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
     }
     if uses_torch:
-        # Threads that spin at barriers starve each other where cores are few, and codeherd's workers set this
-        # too. The systems without torch keep their own default.
-        mine["OMP_WAIT_POLICY"] = "PASSIVE"
+        # As codeherd's workers have it: the default of torch's OpenMP is no faster on an idle machine, and
+        # starves itself on any other. The systems without torch keep their own default.
+        mine["GOMP_SPINCOUNT"] = SPIN_COUNT
     return os.environ | mine
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Self
 
 # Before torch is imported: threads that spin at barriers starve each other on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 import transformers
@@ -494,7 +494,7 @@ def _facts(minutes: float, seed: int) -> dict[str, object]:
     return {
         "time": f"{minutes:g} minutes, seed {seed}",
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
-        "threads": f"{torch.get_num_threads()}, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}",
+        "threads": f"{torch.get_num_threads()}, GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
         "model": "tiny, float32",

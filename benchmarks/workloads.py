@@ -3,7 +3,8 @@
 Owns: the four workloads and their sizes. Does not know who runs them or how time is taken.
 
     ragged     many jobs at once, prompts and answers of very different lengths
-    backfill   holes in real files: many prompts of one file share all that stands before the hole
+    backfill   holes in real files, each with all that stands before it and a body's length of what follows:
+               prompts of one file share their beginnings
     long       few long prompts, short answers: mostly prefill
     single     one job at a time, each waits for the one before: latency
 
@@ -36,6 +37,8 @@ WARM_UP_ROUND = 0
 _FILES = ("textwrap.py", "queue.py", "shlex.py", "calendar.py")
 #: Token ids before these are control and byte pieces, which random prompts leave out.
 _FIRST_ORDINARY_ID = 259
+#: Tokens after a hole: the body that a docstring belongs to, and a little more.
+_SUFFIX_TOKENS = 128
 #: Tokens that the infilling format adds at most to a file's own: control ids and dummy prefixes.
 _FORMAT_TOKENS = 8
 
@@ -120,7 +123,7 @@ class _Size:
     ragged_jobs: int
     backfill_files: int
     holes_per_file: int
-    #: Tokens of a file that are shown around its holes.
+    #: Tokens of a file's longest prompt.
     file_tokens: int
     long_jobs: int
     single_jobs: int
@@ -196,14 +199,21 @@ def _random_prompt(source: random.Random, model: BenchModel, length: int) -> tup
 
 
 def _holes(lines: list[str], vocabulary: Vocabulary, tokens: int, count: int) -> list[tuple[str, str]]:
-    """Return prefix and suffix of `count` holes between the first lines, `tokens` of them in all."""
-    room = tokens - _FORMAT_TOKENS
-    shown: list[str] = []
-    for line in lines:
-        room -= len(vocabulary.encode_raw(line))
-        if room < 0:
-            break
-        shown.append(line)
-    stride = len(shown) / (count + 1)
+    """Return prefix and suffix of `count` holes; the last has `tokens` of prompt at most."""
+    shown = _fitting(lines, vocabulary, tokens - _SUFFIX_TOKENS - _FORMAT_TOKENS)
+    stride = len(shown) / count
     borders = [int((i + 1) * stride) for i in range(count)]
-    return [("".join(shown[:at]), "".join(shown[at:])) for at in borders]
+    return [
+        ("".join(shown[:at]), "".join(_fitting(lines[at:], vocabulary, _SUFFIX_TOKENS))) for at in borders
+    ]
+
+
+def _fitting(lines: list[str], vocabulary: Vocabulary, tokens: int) -> list[str]:
+    """Return the first lines that have so many tokens together at most."""
+    fitting: list[str] = []
+    for line in lines:
+        tokens -= len(vocabulary.encode_raw(line))
+        if tokens < 0:
+            break
+        fitting.append(line)
+    return fitting

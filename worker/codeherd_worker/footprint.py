@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from codeherd_worker.engine.cpu_attention import workspace_bytes
 from codeherd_worker.engine.linears import can_pack, is_dense, join
 from codeherd_worker.engine.loading import LoadedModel, size_of
 from codeherd_worker.engine.rounding import even_rows
@@ -74,11 +75,15 @@ def measure_cards(
                 available_bytes=available if is_cuda else available + weights[device],
                 reserve=GPU_RESERVE if is_cuda else CPU_RESERVE,
                 weight_bytes=weights[device] + (0 if is_cuda else packed_bytes(model)),
-                activation_bytes=activations + (GPU_KERNEL_BYTES if is_cuda else CPU_KERNEL_BYTES),
+                activation_bytes=activations + (GPU_KERNEL_BYTES if is_cuda else _cpu_kernel_bytes(window)),
                 kv_bytes_per_token=2 * layers * shape.key_heads * shape.head_size * shape.dtype_bytes,
             )
         )
     return cards
+
+
+def _cpu_kernel_bytes(window: int) -> int:
+    return CPU_KERNEL_BYTES + workspace_bytes(threads=torch.get_num_threads(), window=window)
 
 
 def shape_of(model: LlamaForCausalLM, *, is_quantized: bool) -> ModelShape:

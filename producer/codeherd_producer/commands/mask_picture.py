@@ -77,7 +77,7 @@ class SlotFacts:
     #: Of the engine.
     granule: int
     prefill_chunk: int
-    #: How far the slot may be read, ascending.
+    #: How far the slot may be read, ascending; empty: as far as it is attended.
     kv_lengths: tuple[int, ...]
     #: Tokens that one decode step computes: one, and its drafts.
     step_width: int = 1
@@ -103,7 +103,8 @@ class SlotFacts:
 
     def kv_len_for(self, tokens: int) -> int:
         """Return how far the slot is read if so many tokens are attended."""
-        return next((length for length in self.kv_lengths if length >= tokens), self.kv_lengths[-1])
+        longest = max(self.kv_lengths, default=tokens)
+        return next((length for length in self.kv_lengths if length >= tokens), longest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,9 @@ class ComputeThread:
     def __init__(self) -> None:
         """Start it."""
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Nothing may be put in line behind the end of it.
+        self._lock = threading.Lock()
+        self._is_closed = False
         # A daemon: a kernel that hangs must not keep a process from ending.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -31,14 +34,10 @@ class ComputeThread:
     def submit(self, function: Callable[[], _T]) -> Future[_T]:
         """Put a function in line."""
         future: Future[_T] = Future()
-
-        def task() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as err:  # the caller decides what it means
-                future.set_exception(err)
-
-        self._tasks.put(task)
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the compute thread is closed")
+            self._tasks.put(lambda: _complete(future, function))
         return future
 
     def run(self, function: Callable[[], _T]) -> _T:
@@ -47,7 +46,9 @@ class ComputeThread:
 
     def close(self) -> None:
         """End the thread after what is in line."""
-        self._tasks.put(None)
+        with self._lock:
+            self._is_closed = True
+            self._tasks.put(None)
         self._thread.join()
 
     def _work(self) -> None:
@@ -55,3 +56,14 @@ class ComputeThread:
             task()
             # Its closure can hold a model.
             del task
+
+
+def _complete(future: Future[_T], function: Callable[[], _T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as err:  # the caller decides what it means
+        future.set_exception(err)
+        # The error's trace holds this frame, and what the function held, such as half a model.
+        del future, function

@@ -17,6 +17,14 @@ from numpy.typing import NDArray
 
 from codeherd_worker.engine.cache import SlotCache
 
+#: Queries that read a stretch of keys while it is in a core's own cache.
+QUERIES = 32
+
+
+def workspace_bytes(*, threads: int, window: int) -> int:
+    """Return what `CpuAttention` allocates for slots of up to `window` tokens, about."""
+    return threads * QUERIES * window * 4
+
 
 class CpuAttention:
     """What the kernel works in, allocated once; for one pass at a time."""
@@ -37,7 +45,7 @@ class CpuAttention:
         self.threads = kernels.usable_threads()
         group = heads // cache.key_heads
         #: Neighbouring tokens of one slot that are attended together.
-        self.tokens = max(1, kernels.QUERIES // group)
+        self.tokens = max(1, QUERIES // group)
         shape = (self.threads, self.tokens * group)
         self.queries = np.empty((*shape, cache.head_size), np.float32)
         self.scores = np.empty((*shape, int(cache.capacities.max())), np.float32)

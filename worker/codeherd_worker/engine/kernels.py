@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 # OpenMP first: its threads may be used by several threads of a process, and spin while they wait.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
-#: Queries that read a stretch of keys while it is in a core's own cache.
-QUERIES = 32
 #: Values that are read at a time: 64 KiB at 64 numbers each.
 _STRETCH = 256
 #: Lanes of a sum, no fewer than any CPU computes at once. Scores are padded to whole lanes.
@@ -136,7 +134,8 @@ def _normalize(scores, end, lanes):  # type: ignore[no-untyped-def]
     total = _f32(0.0)
     for j in range(LANES):
         total += lanes[j]
-    return total
+    # Scores that are all infinitely low say that numbers overflowed: nothing may be made up.
+    return total if top > _NO_SCORE else _f32(np.nan)
 
 
 @_part

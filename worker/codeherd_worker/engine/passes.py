@@ -42,7 +42,8 @@ class Shapes:
     prefill_chunk: int
     draft_tokens: int
     drafts_are_optional: bool
-    #: Per class: how far its slots may be read, ascending, and where their spare places begin.
+    #: Per class: how far its slots may be read, ascending, nothing if as far as they are attended, and where
+    #: their spare places begin.
     kv_lengths: tuple[tuple[int, ...], ...]
     spares: tuple[int, ...]
 
@@ -118,8 +119,8 @@ class Passes:
         #: Of the model's own numbers; keys and values may be held in another.
         self.dtype = forward.dtype
         self._group = forward.heads // forward.key_heads
-        #: Query rows per key head of every decode step.
-        self.query_rows = -(-self._group * (1 + draft_tokens) // 2) * 2
+        #: Query rows per key head of every decode step; compiled loops have no such shape.
+        self.query_rows = 0 if self._on_cpu else -(-self._group * (1 + draft_tokens) // 2) * 2
         self.first_layer_device = forward.layer_devices[0]
         #: Copies between devices cannot be captured.
         self.is_on_one_device = set(forward.layer_devices) == {self.device}
@@ -135,7 +136,7 @@ class Passes:
             prefill_chunk=self.prefill_chunk,
             draft_tokens=self.draft_tokens,
             drafts_are_optional=self.drafts_are_optional,
-            kv_lengths=self.kv_lengths,
+            kv_lengths=self.kv_lengths if self.reads_vary else tuple(() for _ in self.kv_lengths),
             spares=tuple(room.readable_len for room in self.cache.rooms),
         )
 

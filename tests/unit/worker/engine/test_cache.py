@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codeherd_worker.engine.cache import KV_BLOCK, SPARE_TOKENS, SlotCache
+from codeherd_worker.engine.cache import KEY_BLOCK, KV_BLOCK, SPARE_TOKENS, SlotCache
 from codeherd_worker.engine.slot_classes import SlotClass
 
 HEADS, HEAD_SIZE, LAYERS = 2, 8, 2
@@ -12,22 +12,20 @@ CLASSES = (SlotClass(40, 3), SlotClass(512, 2), SlotClass(700, 1))
 SLOTS = 6
 
 
-@pytest.fixture(params=[False, True], ids=["head-major", "token-major"])
-def is_token_major(request: pytest.FixtureRequest) -> bool:
+@pytest.fixture(params=[False, True], ids=["by token", "blocked"])
+def blocked_keys(request: pytest.FixtureRequest) -> bool:
     answer: bool = request.param
     return answer
 
 
-def make_cache(
-    *, is_token_major: bool = False, classes: tuple[SlotClass, ...] = CLASSES, key_heads: int = HEADS
-) -> SlotCache:
+def make_cache(*, blocked_keys: bool = False, classes: tuple[SlotClass, ...] = CLASSES) -> SlotCache:
     return SlotCache(
         classes,
-        key_heads=key_heads,
+        key_heads=HEADS,
         head_size=HEAD_SIZE,
         dtype=torch.float32,
         layer_devices=[torch.device("cpu")] * LAYERS,
-        is_token_major=is_token_major,
+        blocked_keys=blocked_keys,
     )
 
 
@@ -37,40 +35,53 @@ def new_tokens(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
+def memory_of(cache: SlotCache, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a slot's keys and values lie, (K, capacity, D) each, whatever a block of keys looks like."""
+    keys, values = cache.read(layer, slot, 1, cache.room_of(slot).capacity)
+    return keys[0], values[0]
+
+
 def fill_differently(cache: SlotCache) -> None:
     """Give every number of every slot a value of its own."""
+    start = 0
     for layer in range(LAYERS):
-        for number, part in enumerate(cache.flat(layer)):
-            count = part.numel()
-            start = (2 * layer + number) * count
-            part.copy_(torch.arange(start, start + count, dtype=part.dtype).view_as(part))
+        for slot in range(cache.slots):
+            for part in memory_of(cache, layer, slot):
+                part.copy_(torch.arange(start, start + part.numel(), dtype=part.dtype).view_as(part))
+                start += part.numel()
 
 
-def snapshot(cache: SlotCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Everything that is kept, by slot and layer: (K, capacity, D) keys and values."""
-    return [
-        tuple(part[0].clone() for part in cache.read(layer, slot, 1, cache.room_of(slot).capacity))  # type: ignore[misc]
-        for layer in range(LAYERS)
-        for slot in range(cache.slots)
-    ]
+def snapshot(cache: SlotCache, *, blocked_keys: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Everything that is kept, by layer and slot: (K, capacity, D) keys and values."""
+    parts = []
+    for layer in range(LAYERS):
+        for slot in range(cache.slots):
+            keys, values = (part.clone() for part in memory_of(cache, layer, slot))
+            if blocked_keys:
+                blocks = keys.view(HEADS, -1, HEAD_SIZE, KEY_BLOCK)
+                keys = blocks.transpose(2, 3).reshape(HEADS, -1, HEAD_SIZE)
+            parts.append((keys, values))
+    return parts
 
 
 def assert_equal_but(
     cache: SlotCache,
     before: list[tuple[torch.Tensor, torch.Tensor]],
     places: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]],
+    *,
+    blocked_keys: bool = False,
 ) -> None:
     """Compare everything bitwise; at (layer, slot, position) the given (K, D) keys and values stand."""
     for (layer, slot, position), pair in places.items():
         for part, new in zip(before[layer * SLOTS + slot], pair, strict=True):
             part[:, position] = new
-    for old, now in zip(before, snapshot(cache), strict=True):
+    for old, now in zip(before, snapshot(cache, blocked_keys=blocked_keys), strict=True):
         assert torch.equal(old[0], now[0])
         assert torch.equal(old[1], now[1])
 
 
-def test_a_decode_step_is_written_at_each_slots_own_position_and_nowhere_else(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_a_decode_step_is_written_at_each_slots_own_position_and_nowhere_else() -> None:
+    cache = make_cache()
     fill_differently(cache)
     before = snapshot(cache)
     positions = [5, 0, 39, 511, 17, 699]
@@ -82,8 +93,8 @@ def test_a_decode_step_is_written_at_each_slots_own_position_and_nowhere_else(is
     assert_equal_but(cache, before, places)
 
 
-def test_a_pass_over_some_slots_is_written_in_those_alone(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_a_pass_over_some_slots_is_written_in_those_alone() -> None:
+    cache = make_cache()
     fill_differently(cache)
     before = snapshot(cache)
     slots, positions = [4, 1], [[8, 9, 10], [0, 1, 2]]
@@ -99,8 +110,8 @@ def test_a_pass_over_some_slots_is_written_in_those_alone(is_token_major: bool) 
     assert_equal_but(cache, before, places)
 
 
-def test_a_slot_reads_back_what_was_written_whatever_lies_beside(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_a_slot_reads_back_what_was_written_whatever_lies_beside() -> None:
+    cache = make_cache()
     keys, values = new_tokens(2)
 
     cache.write(1, cache.destinations(torch.tensor([[3, 4]]), torch.tensor([5])), keys, values)
@@ -112,37 +123,8 @@ def test_a_slot_reads_back_what_was_written_whatever_lies_beside(is_token_major:
     assert read_keys.count_nonzero() == keys.numel()
 
 
-def test_head_major_and_token_major_hold_the_same() -> None:
-    caches = [make_cache(is_token_major=is_major) for is_major in (False, True)]
-    positions = torch.randint(0, 500, (SLOTS, 7), generator=torch.Generator().manual_seed(1))
-    # No place twice: which of two writes stays is nobody's promise.
-    positions = positions.sort(-1).values + torch.arange(7)
-    keys, values = new_tokens(7 * SLOTS)
-
-    for cache in caches:
-        cache.write(0, cache.destinations(positions), keys, values)
-        cache.copy_prefix(0, 3, 400)
-        cache.wipe(1)
-
-    for head_major, token_major in zip(*map(snapshot, caches), strict=True):
-        assert torch.equal(head_major[0], token_major[0])
-        assert torch.equal(head_major[1], token_major[1])
-
-
-def test_token_major_memory_has_a_tokens_heads_side_by_side() -> None:
-    cache = make_cache(is_token_major=True)
-    keys, values = new_tokens(1)
-
-    cache.write(0, cache.destinations(torch.tensor([[2]]), torch.tensor([1])), keys, values)
-    flat_keys, flat_values = cache.flat(0)
-
-    row = 1 * (KV_BLOCK + SPARE_TOKENS) + 2
-    assert torch.equal(flat_keys[row], keys.flatten())
-    assert torch.equal(flat_values[row], values.flatten())
-
-
-def test_neighbours_of_a_class_are_read_together_and_as_views(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_neighbours_of_a_class_are_read_together_and_as_views() -> None:
+    cache = make_cache()
     fill_differently(cache)
 
     keys, values = cache.read(0, 1, 2, 32)
@@ -152,8 +134,7 @@ def test_neighbours_of_a_class_are_read_together_and_as_views(is_token_major: bo
         alone = cache.read(0, slot, 1, 32)
         assert torch.equal(keys[row], alone[0][0])
         assert torch.equal(values[row], alone[1][0])
-    storages = {part.untyped_storage().data_ptr() for part in (keys, values, cache.flat(0)[0])}
-    assert len(storages) == 1
+    assert {part.untyped_storage().data_ptr() for part in (keys, values)} == {cache.addresses[0]}
 
 
 def test_classes_have_the_lengths_that_they_were_given_in_whole_blocks() -> None:
@@ -177,8 +158,8 @@ def test_a_slot_is_readable_to_the_end_of_its_last_block(length: int, readable_l
     assert cache.rooms[0].capacity == readable_len + SPARE_TOKENS
 
 
-def test_spare_positions_are_never_read(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_spare_positions_are_never_read() -> None:
+    cache = make_cache()
     bad = torch.full((SLOTS, HEADS, HEAD_SIZE), torch.nan)
 
     assert cache.spares.tolist() == [cache.spare_of(slot) for slot in range(SLOTS)]
@@ -190,15 +171,16 @@ def test_spare_positions_are_never_read(is_token_major: bool) -> None:
     assert sum(int(keys.isnan().sum()) for keys, _ in snapshot(cache)) == bad.numel()
 
 
-@pytest.mark.parametrize(("source", "target"), [(0, 1), (0, 4), (5, 2), (3, 5)])
-def test_a_prefix_is_copied_bit_by_bit_to_a_slot_of_any_class(
-    source: int, target: int, is_token_major: bool
+@pytest.mark.parametrize(("source", "target"), [(0, 1), (0, 4), (5, 2), (3, 5), (5, 0)])
+@pytest.mark.parametrize(("length", "copied"), [(0, 0), (1, 32), (32, 32), (33, 64), (512, 512)])
+def test_a_prefix_is_copied_bit_by_bit_to_a_slot_of_any_class_in_whole_blocks(
+    source: int, target: int, length: int, copied: int, blocked_keys: bool
 ) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+    cache = make_cache(blocked_keys=blocked_keys)
     fill_differently(cache)
-    before = snapshot(cache)
+    before = snapshot(cache, blocked_keys=blocked_keys)
 
-    cache.copy_prefix(source, target, 32)
+    cache.copy_prefix(source, target, length)
 
     places = {
         (layer, target, place): (
@@ -206,9 +188,9 @@ def test_a_prefix_is_copied_bit_by_bit_to_a_slot_of_any_class(
             before[layer * SLOTS + source][1][:, place],
         )
         for layer in range(LAYERS)
-        for place in range(32)
+        for place in range(copied)
     }
-    assert_equal_but(cache, before, places)
+    assert_equal_but(cache, before, places, blocked_keys=blocked_keys)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -216,23 +198,23 @@ def test_a_prefix_is_copied_bit_by_bit_to_a_slot_of_any_class(
 # The first token, the last that is read, and a spare one.
 @pytest.mark.parametrize("place", [0, KV_BLOCK - 1, KV_BLOCK])
 def test_a_slot_is_not_finite_where_one_number_is_not(
-    place: int, part: int, bad: float, is_token_major: bool
+    place: int, part: int, bad: float, blocked_keys: bool
 ) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+    cache = make_cache(blocked_keys=blocked_keys)
     fill_differently(cache)
     assert all(cache.is_finite(slot) for slot in range(SLOTS))
 
-    cache.read(LAYERS - 1, 3, 1, cache.room_of(3).capacity)[part][0, HEADS - 1, place, 1] = bad
+    memory_of(cache, LAYERS - 1, 3)[part][HEADS - 1, place, 1] = bad
 
     assert [slot for slot in range(SLOTS) if not cache.is_finite(slot)] == [3]
     cache.wipe(3)
     assert cache.is_finite(3)
 
 
-def test_wipe_empties_one_slot_with_its_spare_positions(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_wipe_empties_one_slot_with_its_spare_positions(blocked_keys: bool) -> None:
+    cache = make_cache(blocked_keys=blocked_keys)
     fill_differently(cache)
-    before = snapshot(cache)
+    before = snapshot(cache, blocked_keys=blocked_keys)
     empty = torch.zeros(HEADS, HEAD_SIZE)
 
     cache.wipe(3)
@@ -242,14 +224,14 @@ def test_wipe_empties_one_slot_with_its_spare_positions(is_token_major: bool) ->
         for layer in range(LAYERS)
         for place in range(cache.room_of(3).capacity)
     }
-    assert_equal_but(cache, before, places)
+    assert_equal_but(cache, before, places, blocked_keys=blocked_keys)
 
 
-def test_fill_alike_makes_slots_equal_and_clear_empties_them(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_fill_alike_makes_slots_equal_and_clear_empties_them(blocked_keys: bool) -> None:
+    cache = make_cache(blocked_keys=blocked_keys)
 
     cache.fill_alike(torch.Generator().manual_seed(0))
-    filled = snapshot(cache)
+    filled = snapshot(cache, blocked_keys=blocked_keys)
     cache.clear()
 
     for layer in range(LAYERS):
@@ -261,23 +243,46 @@ def test_fill_alike_makes_slots_equal_and_clear_empties_them(is_token_major: boo
         # Keys and values, and the layers, are not alike: a mix-up must show.
         assert not torch.equal(*longest)
     assert not torch.equal(filled[0][0], filled[SLOTS][0])
-    assert not any(part.any() for pair in snapshot(cache) for part in pair)
+    assert not any(part.any() for pair in snapshot(cache, blocked_keys=blocked_keys) for part in pair)
 
 
-def test_cache_bytes_are_what_is_allocated(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_arrays_are_the_same_memory_as_the_slots() -> None:
+    cache = make_cache(blocked_keys=True)
+    fill_differently(cache)
+
+    for layer in range(LAYERS):
+        keys, values = cache.arrays(layer)
+        assert keys.size == values.size == cache.cache_bytes // (LAYERS * 2 * 4)
+        for slot in range(SLOTS):
+            start, capacity = int(cache.bases[slot]), int(cache.capacities[slot])
+            assert capacity == cache.room_of(slot).capacity
+            for flat, part in zip((keys, values), memory_of(cache, layer, slot), strict=True):
+                own = torch.from_numpy(flat[start : start + HEADS * capacity * HEAD_SIZE])
+                assert torch.equal(own.view_as(part), part)
+    cache.arrays(1)[0][cache.bases[4] + 3] = torch.nan
+    assert [slot for slot in range(SLOTS) if not cache.is_finite(slot)] == [4]
+
+
+def test_spare_places_follow_what_is_read_and_fill_a_block_of_keys() -> None:
+    cache = make_cache(blocked_keys=True)
+
+    assert cache.spare_places.tolist() == cache.spares.tolist() == [512] * 5 + [1024]
+    assert (cache.capacities - cache.spare_places).tolist() == [SPARE_TOKENS] * SLOTS
+    assert SPARE_TOKENS % KEY_BLOCK == KV_BLOCK % KEY_BLOCK == 0
+
+
+def test_cache_bytes_are_what_is_allocated(blocked_keys: bool) -> None:
+    cache = make_cache(blocked_keys=blocked_keys)
 
     tokens = 5 * (512 + SPARE_TOKENS) + (1024 + SPARE_TOKENS)
     assert cache.cache_bytes == LAYERS * 2 * tokens * HEADS * HEAD_SIZE * 4
 
 
-def test_addresses_never_change(is_token_major: bool) -> None:
-    cache = make_cache(is_token_major=is_token_major)
+def test_addresses_never_change(blocked_keys: bool) -> None:
+    cache = make_cache(blocked_keys=blocked_keys)
     before = cache.addresses
-    keys, values = new_tokens(SLOTS)
 
     cache.fill_alike(torch.Generator().manual_seed(0))
-    cache.write(0, cache.destinations(torch.zeros(SLOTS, 1, dtype=torch.int64)), keys, values)
     cache.copy_prefix(0, 5, 16)
     cache.wipe(2)
     cache.clear()
@@ -287,14 +292,13 @@ def test_addresses_never_change(is_token_major: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_new_tokens_are_held_in_the_caches_own_dtype(dtype: torch.dtype, is_token_major: bool) -> None:
+def test_new_tokens_are_held_in_the_caches_own_dtype(dtype: torch.dtype) -> None:
     cache = SlotCache(
         CLASSES,
         key_heads=HEADS,
         head_size=HEAD_SIZE,
         dtype=dtype,
         layer_devices=[torch.device("cpu")],
-        is_token_major=is_token_major,
     )
     keys, values = (part.bfloat16() for part in new_tokens(1))
 
@@ -311,6 +315,6 @@ def test_each_layer_lies_on_its_own_device() -> None:
         CLASSES, key_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.bfloat16, layer_devices=devices
     )
 
-    assert [cache.flat(layer)[0].device for layer in range(2)] == devices
-    assert cache.flat(0)[0].dtype == torch.bfloat16
+    assert [cache.read(layer, 0, 1, 8)[0].device for layer in range(2)] == devices
+    assert cache.read(0, 0, 1, 8)[0].dtype == torch.bfloat16
     assert cache.spares.device == devices[0]

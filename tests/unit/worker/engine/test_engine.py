@@ -23,6 +23,7 @@ from codeherd_schema.errors import (
     PromptTooLong,
 )
 from codeherd_worker.engine import engine as engine_module
+from codeherd_worker.engine.compute_thread import ComputeThread
 from codeherd_worker.engine.engine import Engine, EngineSettings, SlotView
 from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.sampling import SamplingParams
@@ -223,6 +224,20 @@ def test_engines_of_one_fingerprint_give_the_same_bits(
     assert len(answers) == 1 or "draft_tokens" in changes
     for same in answers.values():
         assert all(answer == same[0] for answer in same)
+
+
+def test_an_engine_decodes_on_the_thread_that_it_is_given_and_leaves_it_running(
+    model: LlamaForCausalLM,
+) -> None:
+    thread, seen = ComputeThread(), set[int]()
+    request = make_request(random_prompt(20), at_token=lambda _: seen.add(threading.get_ident()))
+
+    with running(model, thread=thread) as engine:
+        outcome = wait(engine.submit(request))
+
+    assert list(outcome.token_ids) == generate_alone(model, random_prompt(20), 10)
+    assert seen == {thread.run(threading.get_ident)}
+    thread.close()
 
 
 def test_nf4_answers_resemble_generate(tmp_path: Any) -> None:
@@ -711,6 +726,7 @@ def test_the_facts_name_versions_quantization_and_shapes(model: LlamaForCausalLM
     assert make_engine(quantized(tmp_path, "nf4")).facts["quantization"] == "nf4"
 
 
+@pytest.mark.usefixtures("torch_attention")
 def test_warm_up_settles_the_facts(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(model, uniform(draft_tokens=2))
     before = engine.fingerprint

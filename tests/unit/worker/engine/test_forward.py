@@ -25,15 +25,15 @@ LLAMA3_ROPE = {
 class WholePrompt:
     """Attend one prompt, causally, with nothing cached; remembers what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, forward: LlamaForward) -> None:
+        self._forward = forward
         self.layers: list[int] = []
-        self.shapes: set[tuple[torch.Size, torch.Size, torch.Size]] = set()
+        self.shapes: set[torch.Size] = set()
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, joined: torch.Tensor) -> torch.Tensor:
         self.layers.append(layer)
-        self.shapes.add((query.shape, key.shape, value.shape))
+        self.shapes.add(joined.shape)
+        query, key, value = split(self._forward, joined)
         group = query.shape[1] // key.shape[1]
         heads = (
             query.transpose(0, 1),
@@ -44,13 +44,19 @@ class WholePrompt:
         return attended.transpose(0, 1).flatten(1)
 
 
+def split(forward: LlamaForward, joined: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return (T, H, D) queries, (T, K, D) keys and values."""
+    counts = [forward.heads, forward.key_heads, forward.key_heads]
+    return torch.split(joined.view(len(joined), sum(counts), forward.head_size), counts, dim=1)
+
+
 @torch.inference_mode()
 def logits_of(
     forward: LlamaForward, prompt: tuple[int, ...], wanted: list[int] | None = None
 ) -> torch.Tensor:
     ids = torch.tensor(prompt)
     rows = None if wanted is None else torch.tensor(wanted)
-    return forward(ids, torch.arange(len(ids)), WholePrompt(), rows)
+    return forward(ids, torch.arange(len(ids)), WholePrompt(forward), rows)
 
 
 def randomise_biases(model: torch.nn.Module) -> None:
@@ -165,10 +171,11 @@ def test_a_token_turns_by_its_position_and_not_by_its_place_in_the_pass() -> Non
     expected = model(torch.tensor([prompt]), position_ids=places[None]).logits[0]
 
     with torch.inference_mode():
-        logits = forward(torch.tensor(prompt), places, WholePrompt())
+        logits = forward(torch.tensor(prompt), places, WholePrompt(forward))
         keys: list[torch.Tensor] = []
 
-        def keep(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        def keep(layer: int, joined: torch.Tensor) -> torch.Tensor:
+            query, key, _ = split(forward, joined)
             keys.append(key.clone())
             return query.flatten(1)
 
@@ -182,13 +189,13 @@ def test_a_token_turns_by_its_position_and_not_by_its_place_in_the_pass() -> Non
 def test_each_layer_attends_once_in_order() -> None:
     model = tiny_llama(num_hidden_layers=3)
     forward = LlamaForward(model, positions=LENGTH)
-    attend = WholePrompt()
+    attend = WholePrompt(forward)
 
     with torch.inference_mode():
         forward(torch.tensor(random_prompt(5)), torch.arange(5), attend)
 
     assert attend.layers == [0, 1, 2]
-    assert attend.shapes == {((5, 4, 16), (5, 2, 16), (5, 2, 16))}
+    assert attend.shapes == {(5, (4 + 2 * 2) * 16)}
     assert len(forward.linears) == 3 * 4 + 1
 
 

@@ -50,7 +50,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 @pytest.fixture
-def start_engine(model: LlamaForCausalLM) -> Iterator[StartEngine]:
+def start_engine(model: LlamaForCausalLM, torch_operators: None) -> Iterator[StartEngine]:
     """Start an engine that behaves as on a GPU in what is asked for."""
     engines: list[Engine] = []
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from codeherd_worker.engine.layouts import Piece
-from codeherd_worker.engine.passes import Passes, _row_counts
+from codeherd_worker.engine.passes import Passes, _row_counts, has_kernels
 from codeherd_worker.engine.slot_classes import SlotClass
 from tests.unit.worker.engine.misrounding import NUDGE, disturb_linears
 from tests.unit.worker.engine.tiny_llama import random_prompt, tiny_llama
@@ -74,16 +74,45 @@ def test_a_cpu_holds_keys_in_float32_whatever_the_model(dtype: torch.dtype) -> N
     assert logits.dtype == dtype
 
 
+@pytest.mark.usefixtures("torch_attention")
 @pytest.mark.parametrize(
-    ("draft_tokens", "kv_heads", "query_rows"), [(0, 2, 8), (2, 2, 8), (3, 2, 8), (5, 2, 12), (4, 4, 6)]
+    ("draft_tokens", "kv_heads", "query_rows"),
+    [(0, 2, 2), (2, 2, 6), (3, 2, 8), (0, 4, 2), (2, 4, 4), (4, 4, 6)],
 )
-def test_a_cpu_has_room_for_a_few_drafts_whether_there_are_any(
+def test_query_rows_hold_a_token_and_its_drafts_and_are_even(
     draft_tokens: int, kv_heads: int, query_rows: int
 ) -> None:
-    # Else an engine without drafts would give other bits than one with few. Always even: see `attention.py`.
+    # Always even: see `attention.py`.
     passes = make_passes(tiny_llama(num_key_value_heads=kv_heads), draft_tokens=draft_tokens)
 
     assert passes.query_rows == query_rows
+
+
+@pytest.mark.parametrize(
+    ("device", "head_size", "expected"),
+    [("cpu", 4, True), ("cpu", 128, True), ("cpu", 6, False), ("cpu", 66, False), ("cuda", 64, False)],
+)
+def test_a_cpu_has_kernels_for_heads_of_whole_fours(device: str, head_size: int, expected: bool) -> None:
+    assert has_kernels(torch.device(device), head_size) == expected
+
+
+def test_kernels_read_what_a_token_has_and_have_no_shapes(model: LlamaForCausalLM) -> None:
+    classes = (SlotClass(300, 1), SlotClass(900, 1))
+    passes = Passes(model, classes=classes, prefill_chunk=CHUNK, draft_tokens=0)
+
+    assert passes.kv_lengths[:2] == ((512,), (1024,))
+    assert not passes.reads_vary
+    assert passes.query_rows == 0
+
+
+@pytest.mark.usefixtures("torch_attention")
+def test_torchs_attention_reads_as_far_as_one_of_few_lengths(model: LlamaForCausalLM) -> None:
+    classes = (SlotClass(300, 1), SlotClass(900, 1))
+    passes = Passes(model, classes=classes, prefill_chunk=CHUNK, draft_tokens=0)
+
+    assert passes.kv_lengths[:2] == ((512,), (512, 1024))
+    assert passes.reads_vary
+    assert [passes.kv_len_for(tokens, 1) for tokens in (1, 512, 513)] == [512, 512, 1024]
 
 
 def test_a_prefill_says_which_slot_each_row_of_its_logits_belongs_to(model: LlamaForCausalLM) -> None:
