@@ -24,7 +24,7 @@ from codeherd_schema.errors import InvalidRequest, ServiceUnavailable, WaitTimeo
 from codeherd_schema.requests import JobKind, Request
 from codeherd_schema.results import Result
 from codeherd_schema.settings import SharedSettings
-from codeherd_schema.states import JobState
+from codeherd_schema.states import JobState, PauseScope
 
 #: What the waiting thread tells a coroutine: jobs that ended, or why it cannot go on.
 News = frozenset[str] | Exception
@@ -132,6 +132,26 @@ class AsyncClient:
     async def retry(self, job_id: str) -> None:
         """Queue an ended job again; see `Client.retry`."""
         await asyncio.to_thread(self._client.retry, job_id)
+
+    async def pause(self, scope: PauseScope, name: str, *, reason: str = "") -> bool:
+        """Start no job of this queue, batch, run or tenant; see `Client.pause`."""
+        return await asyncio.to_thread(self._client.pause, scope, name, reason=reason)
+
+    async def resume(self, scope: PauseScope, name: str) -> bool:
+        """Let the jobs of something paused start again; see `Client.resume`."""
+        return await asyncio.to_thread(self._client.resume, scope, name)
+
+    async def pauses(self) -> Sequence[store.Pause]:
+        """Return everything that is paused, the longest first."""
+        return await asyncio.to_thread(self._client.pauses)
+
+    async def count_old(self, *, keep_s: float) -> int:
+        """Return how many jobs of all tenants ended more than `keep_s` seconds ago."""
+        return await asyncio.to_thread(self._client.count_old, keep_s=keep_s)
+
+    async def prune(self, *, keep_s: float) -> int:
+        """Delete these jobs with their results and history; see `Client.prune`."""
+        return await asyncio.to_thread(self._client.prune, keep_s=keep_s)
 
     async def result(self, job_id: str, timeout_s: float | None = None) -> Result:
         """Wait for a job's result; see `Client.result`."""

@@ -40,7 +40,7 @@ from codeherd_schema.queues import queue_name
 from codeherd_schema.requests import JobKind, Request
 from codeherd_schema.results import Result
 from codeherd_schema.settings import SharedSettings
-from codeherd_schema.states import FINAL_STATES, JobState
+from codeherd_schema.states import FINAL_STATES, JobState, PauseScope
 
 logger = logging.getLogger(__name__)
 
@@ -323,6 +323,33 @@ class Client:
         """
         self._store.requeue(job_id)
         self._publish([(job_id, self.row(job_id).queue)])
+
+    def pause(self, scope: PauseScope, name: str, *, reason: str = "") -> bool:
+        """Start no job of this queue, batch, run or tenant until it is resumed; running ones go on.
+
+        Returns:
+            Whether it was not paused before.
+        """
+        return self._store.pause(scope, name, reason=reason)
+
+    def resume(self, scope: PauseScope, name: str) -> bool:
+        """Let the jobs of something paused start again; return whether it was paused."""
+        return self._store.resume(scope, name)
+
+    def pauses(self) -> Sequence[store.Pause]:
+        """Return everything that is paused, the longest first."""
+        return self._store.pauses()
+
+    def count_old(self, *, keep_s: float) -> int:
+        """Return how many jobs of all tenants ended more than `keep_s` seconds ago."""
+        return self._store.count_old(keep_s=keep_s)
+
+    def prune(self, *, keep_s: float) -> int:
+        """Delete these jobs with their results and history; return how many."""
+        total = 0
+        while count := self._store.prune(keep_s=keep_s):
+            total += count
+        return total
 
     # Waiting
 

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds from a hint's publication until its job must be claimed if the queue in Redis is empty.
 LOST_AFTER_S = 3.0
+DAY_S = 86_400.0
 #: Longest pause after the broker or the database failed, seconds.
 LONGEST_REST_S = 5.0
 #: Pause after a tick that found an empty queue and filled it to the brim, seconds.
@@ -47,12 +48,13 @@ class Tick:
     reaped: int = 0
     buried: int = 0
     expired: int = 0
+    pruned: int = 0
     #: A queue was empty and got as many hints as it may: look again soon.
     is_starved: bool = False
 
 
 class Dispatcher:
-    """Publishes due jobs and reaps lost ones."""
+    """Publishes due jobs, reaps lost ones and deletes old ones."""
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class Dispatcher:
             stop.wait(self._step())
 
     def run_once(self) -> Tick:
-        """Look once: reap if it is time, expire, publish.
+        """Look once: reap if it is time, expire, prune, publish.
 
         A broker that is away is logged, and left alone for a while.
 
@@ -89,9 +91,9 @@ class Dispatcher:
             DatabaseUnavailable: what was done before stands; look again later.
             SchemaOutdated: somebody must run `codeherd db upgrade`.
         """
-        reaped, buried, expired = self._tidy()
+        reaped, buried, expired, pruned = self._tidy()
         published, is_starved = self._publish_due()
-        return Tick(published, reaped, buried, expired, is_starved)
+        return Tick(published, reaped, buried, expired, pruned, is_starved)
 
     def _step(self) -> float:
         """Look once, whatever happens; return the seconds to pause."""
@@ -112,9 +114,9 @@ class Dispatcher:
             logger.error("dispatch_interrupted code=%s reason=%s", err.code, err)
         return self._database_rest.longer(self._clock())
 
-    def _tidy(self) -> tuple[int, int, int]:
+    def _tidy(self) -> tuple[int, int, int, int]:
         if self._clock() < self._reap_at:
-            return 0, 0, 0
+            return 0, 0, 0, 0
         # Workers reap too; the spread keeps them all from looking at the same moment.
         self._reap_at = self._clock() + self._settings.reap_interval_s * self._chance.uniform(0.75, 1.25)
         reaped = self._store.reap(max_crashes=self._settings.max_crashes)
@@ -125,7 +127,15 @@ class Dispatcher:
         expired = self._store.expire_due()
         if expired:
             logger.info("jobs_expired count=%d", expired)
-        return len(reaped.requeued), len(reaped.buried), expired + len(reaped.expired)
+        return len(reaped.requeued), len(reaped.buried), expired + len(reaped.expired), self._prune()
+
+    def _prune(self) -> int:
+        if not self._settings.retention_days:
+            return 0
+        pruned = self._store.prune(keep_s=self._settings.retention_days * DAY_S)
+        if pruned:
+            logger.info("jobs_pruned count=%d", pruned)
+        return pruned
 
     def _publish_due(self) -> tuple[int, bool]:
         if not self._broker_rest.is_over(self._clock()):

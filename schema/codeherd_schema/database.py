@@ -10,12 +10,25 @@ case-sensitive search, `BEGIN IMMEDIATE`) is compiled here.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from sqlalchemy import URL, ColumnElement, Connection, Double, Engine, create_engine, event, make_url, select
+from sqlalchemy import (
+    URL,
+    Column,
+    ColumnElement,
+    Connection,
+    Double,
+    Engine,
+    Insert,
+    Table,
+    create_engine,
+    event,
+    make_url,
+    select,
+)
 from sqlalchemy import exc as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -175,6 +188,18 @@ class Database:
     def close(self) -> None:
         """Close every idle connection; a later use opens new ones."""
         self._writers.dispose()
+
+
+def insert_or_leave(connection: Connection, table: Table, keys: Sequence[Column[Any]]) -> Insert:
+    """Return an INSERT that leaves a row alone which has the same unique keys already."""
+    # Imported here, since importing a dialect takes longer than a submit and only one is needed.
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql
+
+        return postgresql.insert(table).on_conflict_do_nothing(index_elements=keys)
+    from sqlalchemy.dialects import sqlite
+
+    return sqlite.insert(table).on_conflict_do_nothing(index_elements=keys)
 
 
 def clock(connection: Connection) -> float:

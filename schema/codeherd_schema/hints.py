@@ -1,21 +1,36 @@
 """Decide which jobs a hint is owed for, and remember which were sent.
 
-Owns: `published_at` and `publish_no`. A hint is a message that says "this job is due"; it may be
+Owns: `published_at` and `publish_no`, and the order of hints: by priority, then fairly among lanes
+(`codeherd_schema.lanes`), then by age. A hint is a message that says "this job is due"; it may be
 lost, doubled or late, and the next call makes up for it. Does not know the broker that carries it
 (`codeherd_schema.broker`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    func,
+    or_,
+    select,
+    union_all,
+    update,
+)
 
 from codeherd_schema.database import Database, now
+from codeherd_schema.lanes import owners_of, shares
 from codeherd_schema.requests import JobKind
-from codeherd_schema.states import JobState
-from codeherd_schema.tables import is_due, jobs, state_is
+from codeherd_schema.states import JobState, PauseScope
+from codeherd_schema.tables import is_due, jobs, pauses, state_is
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,44 +55,53 @@ class Hints:
     def due(self, queue: str, *, limit: int, stale_s: float) -> list[Hint]:
         """Mark and return the due jobs of `queue` that are owed a hint, the first to run first.
 
+        The first priority first; within it every tenant, and every run or batch of a tenant, in turn.
+
         Args:
             queue: whose jobs.
             limit: most hints.
             stale_s: a job that is still waiting this many seconds after its hint is owed another.
         """
-        owed = (
-            select(jobs.c.id)
-            .where(
-                jobs.c.queue == queue,
-                is_due(),
-                or_(jobs.c.published_at.is_(None), jobs.c.published_at <= now() - stale_s),
-            )
-            .order_by(jobs.c.priority, jobs.c.id)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-            .cte("owed")
-        )
-        return self._mark(jobs.c.id.in_(select(owed.c.id)), is_due())
+
+        def work(connection: Connection) -> list[Hint]:
+            chosen = self._choose(connection, queue, limit, stale_s)
+            return _marked(connection, jobs.c.id.in_(chosen), order=chosen) if chosen else []
+
+        return self._database.write(work)
+
+    def _choose(self, connection: Connection, queue: str, limit: int, stale_s: float) -> list[str]:
+        """Return ids of jobs that are owed a hint, first those of the first priority, fairly by lane."""
+        chosen: list[str] = []
+        held: Counter[str] | None = None
+        # No paused job is due; but who looked at each of a paused backfill would look for long.
+        found = connection.execute(select(pauses.c.scope, pauses.c.name))
+        paused = {(row.scope, row.name) for row in found}
+        if (PauseScope.QUEUE, queue) in paused:
+            return []
+        for priority in _stepped(connection, jobs.c.priority, jobs.c.queue == queue):
+            is_level = and_(jobs.c.queue == queue, jobs.c.priority == priority)
+            lanes = _stepped(connection, jobs.c.lane, is_level)
+            waiting = [lane for lane in lanes if not paused & _scopes_of(lane)]
+            after: dict[str, str] = {}
+            while waiting and len(chosen) < limit:
+                held = _held(connection, queue, stale_s) if held is None else held
+                for lane, places in shares(waiting, held, limit - len(chosen)).items():
+                    owed = _owed(connection, is_level, lane, after.get(lane, ""), places, stale_s)
+                    chosen += owed
+                    held[lane] += len(owed)
+                    if owed:
+                        after[lane] = owed[-1]
+                    if len(owed) < places:
+                        waiting.remove(lane)
+        return chosen
 
     def mark_published(self, job_ids: Collection[str]) -> list[Hint]:
         """Mark and return those of `job_ids` that are due and were never hinted at, the first first.
 
         Used right after a submit or a release; the others are nobody's to publish, or another's.
         """
-        return self._mark(jobs.c.id.in_(job_ids), is_due(), jobs.c.published_at.is_(None))
-
-    def _mark(self, *conditions: ColumnElement[bool]) -> list[Hint]:
-        statement = (
-            update(jobs)
-            .where(*conditions)
-            .values(published_at=now(), publish_no=jobs.c.publish_no + 1)
-            .returning(jobs.c.id, jobs.c.queue, jobs.c.kind, jobs.c.priority, jobs.c.publish_no)
-        )
-        rows = self._database.write(lambda connection: connection.execute(statement).all())
-        return [
-            Hint(row.id, row.queue, JobKind(row.kind), row.priority, row.publish_no)
-            for row in sorted(rows, key=lambda row: (row.priority, row.id))
-        ]
+        wanted = and_(jobs.c.id.in_(job_ids), jobs.c.published_at.is_(None))
+        return self._database.write(lambda connection: _marked(connection, wanted))
 
     def unpublish(self, hints: Iterable[Hint]) -> None:
         """Owe these hints again at once: they could not be sent. A newer hint is left alone."""
@@ -96,14 +120,67 @@ class Hints:
 
     def queues_with_work(self) -> list[str]:
         """Return the queues that hold queued jobs, due or not."""
-        # Step from queue to queue through the index: a plain DISTINCT reads every queued job.
-        first = select(func.min(jobs.c.queue).label("queue")).where(state_is(JobState.QUEUED))
-        steps = first.cte("steps", recursive=True)
-        following = (
-            select(func.min(jobs.c.queue))
-            .where(state_is(JobState.QUEUED), jobs.c.queue > steps.c.queue)
-            .scalar_subquery()
-        )
-        steps = steps.union_all(select(following).where(steps.c.queue.is_not(None)))
         with self._database.read() as connection:
-            return list(connection.scalars(select(steps.c.queue).where(steps.c.queue.is_not(None))))
+            return [str(queue) for queue in _stepped(connection, jobs.c.queue)]
+
+
+def _scopes_of(lane: str) -> set[tuple[str, str]]:
+    tenant, run = owners_of(lane)
+    return {(PauseScope.TENANT, tenant), (PauseScope.RUN, run), (PauseScope.BATCH, run)}
+
+
+def _owed(
+    connection: Connection, is_level: ColumnElement[bool], lane: str, after: str, limit: int, stale_s: float
+) -> list[str]:
+    """Return ids of a lane's oldest jobs that are owed a hint, newer than the job `after`."""
+    statement = (
+        select(jobs.c.id)
+        .where(
+            is_level,
+            jobs.c.lane == lane,
+            jobs.c.id > after,
+            is_due(),
+            or_(jobs.c.published_at.is_(None), jobs.c.published_at <= now() - stale_s),
+        )
+        .order_by(jobs.c.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return list(connection.scalars(statement))
+
+
+def _held(connection: Connection, queue: str, stale_s: float) -> Counter[str]:
+    """Return how many jobs of each lane run, or are hinted at and about to."""
+    running = select(jobs.c.lane).where(state_is(JobState.RUNNING), jobs.c.queue == queue)
+    hinted = select(jobs.c.lane).where(
+        state_is(JobState.QUEUED), jobs.c.queue == queue, jobs.c.published_at > now() - stale_s
+    )
+    return Counter(connection.scalars(union_all(running, hinted)))
+
+
+def _stepped(connection: Connection, column: Column[Any], *conditions: ColumnElement[bool]) -> list[Any]:
+    """Return the values of a column among queued jobs, ascending.
+
+    Steps from value to value through an index: a plain DISTINCT reads every queued job.
+    """
+    is_wanted = and_(state_is(JobState.QUEUED), *conditions)
+    steps = select(func.min(column).label("value")).where(is_wanted).cte("steps", recursive=True)
+    following = select(func.min(column)).where(is_wanted, column > steps.c.value).scalar_subquery()
+    steps = steps.union_all(select(following).where(steps.c.value.is_not(None)))
+    return list(connection.scalars(select(steps.c.value).where(steps.c.value.is_not(None))))
+
+
+def _marked(connection: Connection, wanted: ColumnElement[bool], order: Sequence[str] = ()) -> list[Hint]:
+    """Mark the due ones of the wanted jobs; return their hints in this order, else the first to run first."""
+    statement = (
+        update(jobs)
+        .where(wanted, is_due())
+        .values(published_at=now(), publish_no=jobs.c.publish_no + 1)
+        .returning(jobs.c.id, jobs.c.queue, jobs.c.kind, jobs.c.priority, jobs.c.publish_no)
+    )
+    places = {job_id: place for place, job_id in enumerate(order)}
+    rows = connection.execute(statement).all()
+    return [
+        Hint(row.id, row.queue, JobKind(row.kind), row.priority, row.publish_no)
+        for row in sorted(rows, key=lambda row: (places.get(row.id, 0), row.priority, row.id))
+    ]

@@ -1,7 +1,8 @@
 """Put right what nobody else will: leases of lost workers, and jobs that are too late.
 
-Owns: who is given back, buried, cancelled or expired when a lease ran out. Any process may run it at
-any time, several at once too. Does not know how often (`codeherd_producer.dispatcher`, workers).
+Owns: who is given back, buried, cancelled or expired when a lease ran out, and what is deleted when it is
+old. Any process may run it at any time, several at once too. Does not know how often
+(`codeherd_producer.dispatcher`, workers).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, and_, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, or_, select, update
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.leases import end_attempt
@@ -18,6 +19,8 @@ from codeherd_schema.tables import jobs, state_is
 
 #: Lost leases that one call takes back; the next call takes the rest.
 REAP_LIMIT: Final = 500
+#: Ended jobs that one call deletes: so few that nobody waits long for the lock.
+PRUNE_LIMIT: Final = 500
 #: What the history says about an attempt whose lease ran out.
 WORKER_LOST: Final = {
     "error_code": "worker_lost",
@@ -95,6 +98,36 @@ class Janitor:
             .values(state=target(Move.EXPIRE).value, finished_at=now())
         )
         return self._database.write(lambda connection: connection.execute(statement).rowcount)
+
+    def count_old(self, *, keep_s: float) -> int:
+        """Return how many jobs `prune` would delete."""
+        statement = select(func.count()).select_from(jobs).where(_is_old(keep_s))
+        with self._database.read() as connection:
+            return connection.execute(statement).scalar_one()
+
+    def prune(self, *, keep_s: float) -> int:
+        """Delete jobs that ended more than `keep_s` seconds ago, with results and history; the oldest first.
+
+        Their idempotency keys are free again: a submit that is repeated later than this is a new job.
+
+        Returns:
+            How many: `PRUNE_LIMIT` at most, so call again until there are fewer.
+        """
+        old = (
+            select(jobs.c.id)
+            .where(_is_old(keep_s))
+            .order_by(jobs.c.finished_at)
+            .limit(PRUNE_LIMIT)
+            .with_for_update(skip_locked=True)
+            .cte("old")
+        )
+        # The condition again: a requeue may have come between.
+        statement = delete(jobs).where(jobs.c.id.in_(select(old.c.id)), _is_old(keep_s)).returning(jobs.c.id)
+        return self._database.write(lambda connection: len(connection.execute(statement).all()))
+
+
+def _is_old(keep_s: float) -> ColumnElement[bool]:
+    return and_(jobs.c.finished_at.is_not(None), jobs.c.finished_at < now() - keep_s)
 
 
 def fate(row: Row[Any], *, max_crashes: int) -> Move:

@@ -117,6 +117,8 @@ class SharedSettings(Frozen):
     max_attempts: int = Field(default=5, ge=1, le=100)
     #: Most workers that one job may lose before it is buried.
     max_crashes: int = Field(default=3, ge=1, le=100)
+    #: Days after which the dispatcher deletes ended jobs with their results; 0 keeps them for ever.
+    retention_days: float = Field(default=0.0, ge=0, le=36_500)
     #: Seconds between two looks at SQL while waiting for a result.
     poll_interval_s: float = Field(default=0.5, gt=0, le=60)
     #: Seconds to wait for the broker before going on without it.

@@ -88,3 +88,16 @@ def sources(move: Move) -> tuple[JobState, ...]:
 def target(move: Move) -> JobState:
     """Return the one state to which `move` leads."""
     return next(to for (name, _), to in MOVES.items() if name is move)
+
+
+class PauseScope(StrEnum):
+    """What can be paused: all jobs that have something in common."""
+
+    #: All jobs of a model.
+    QUEUE = "queue"
+    #: All jobs of one submit of many.
+    BATCH = "batch"
+    #: All jobs of one run of a review or backfill.
+    RUN = "run"
+    #: All jobs of one owner.
+    TENANT = "tenant"

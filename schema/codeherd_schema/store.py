@@ -2,7 +2,8 @@
 
 Owns: reading jobs, results and counts, and what a person does to a job: cancel, requeue. The rest of
 `Store` is inherited, a noun each: `submissions` (rows come in), `leases` (a worker's claims),
-`janitor` (what was lost), `hints` (what is to be published). Does not know brokers, models or torch.
+`janitor` (what was lost), `hints` (what is to be published), `pauses` (what is not to start).
+Does not know brokers, models or torch.
 
 Every move of `codeherd_schema.states` is one conditional UPDATE that decides by the row as it is at
 that moment and by the database's clock, so any number of processes may call anything at any time.
@@ -22,6 +23,7 @@ from codeherd_schema.hints import Hint, Hints
 from codeherd_schema.janitor import Janitor, Reaped
 from codeherd_schema.jobs import Attempt, Job, attempt_of, job_of
 from codeherd_schema.leases import Beat, Claim, Commit, Leases
+from codeherd_schema.pauses import Pause, Pauses
 from codeherd_schema.requests import JobKind
 from codeherd_schema.results import Result
 from codeherd_schema.states import JobState, Move, sources, target
@@ -35,6 +37,7 @@ __all__ = [
     "Commit",
     "Hint",
     "Job",
+    "Pause",
     "QueueDepth",
     "Reaped",
     "Store",
@@ -58,7 +61,7 @@ class QueueDepth:
     oldest_lease_age_s: float | None
 
 
-class Store(Submissions, Leases, Janitor, Hints):
+class Store(Submissions, Leases, Janitor, Hints, Pauses):
     """All jobs of one database; threads may share it."""
 
     def __init__(self, database: Database, *, max_attempts: int = MAX_ATTEMPTS) -> None:

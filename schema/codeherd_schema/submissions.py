@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, Insert, delete, select
+from sqlalchemy import Connection, delete, select
 
-from codeherd_schema.database import Database, clock, translated
+from codeherd_schema.database import Database, clock, insert_or_leave, translated
 from codeherd_schema.errors import IdempotencyConflict, InvalidRequest
 from codeherd_schema.job_ids import JobIds
+from codeherd_schema.lanes import lane_of
 from codeherd_schema.requests import Moment, Request
 from codeherd_schema.states import JobState
 from codeherd_schema.tables import jobs
@@ -85,7 +86,12 @@ class Submissions:
         def work(connection: Connection) -> list[Submitted]:
             now_s = clock(connection)
             ids = self._ids.take(len(requests), now_s=now_s)
-            shared = {"tenant": tenant, "batch_id": batch_id, "max_attempts": self._max_attempts}
+            shared = {
+                "tenant": tenant,
+                "batch_id": batch_id,
+                "lane": lane_of(tenant, batch_id),
+                "max_attempts": self._max_attempts,
+            }
             names = custom_ids if custom_ids is not None else (None,) * len(requests)
             rows = [
                 {
@@ -155,7 +161,8 @@ def _insert(connection: Connection, rows: Sequence[Mapping[str, Any]], tenant: s
     # Racing submitters take the same keys in the same order, so that none waits in a circle.
     ordered = sorted(rows, key=lambda row: row["idempotency_key"] or "")
     if ordered:
-        connection.execute(_insert_or_leave(connection), ordered)
+        keys_of_jobs = [jobs.c.tenant, jobs.c.idempotency_key]
+        connection.execute(insert_or_leave(connection, jobs, keys_of_jobs), ordered)
     keys = sorted({row["idempotency_key"] for row in rows if row["idempotency_key"] is not None})
     known = _jobs_of_keys(connection, tenant, keys)
     for row in rows:
@@ -170,18 +177,6 @@ def _insert(connection: Connection, rows: Sequence[Mapping[str, Any]], tenant: s
         Submitted(job_id=owner, deduplicated=owner != row["id"])
         for row, owner in zip(rows, owners, strict=True)
     ]
-
-
-def _insert_or_leave(connection: Connection) -> Insert:
-    keys = [jobs.c.tenant, jobs.c.idempotency_key]
-    # Imported here, since importing a dialect takes longer than a submit and only one is needed.
-    if connection.dialect.name == "postgresql":
-        from sqlalchemy.dialects import postgresql
-
-        return postgresql.insert(jobs).on_conflict_do_nothing(index_elements=keys)
-    from sqlalchemy.dialects import sqlite
-
-    return sqlite.insert(jobs).on_conflict_do_nothing(index_elements=keys)
 
 
 def _jobs_of_keys(connection: Connection, tenant: str, keys: Sequence[str]) -> dict[str, tuple[str, str]]:

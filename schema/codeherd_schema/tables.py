@@ -10,6 +10,7 @@ character, which PostgreSQL's own text and JSON types refuse.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from sqlalchemy import (
@@ -28,13 +29,14 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     and_,
+    exists,
     literal_column,
     or_,
     text,
 )
 
 from codeherd_schema.database import now
-from codeherd_schema.states import FINAL_STATES, JobState
+from codeherd_schema.states import FINAL_STATES, JobState, PauseScope
 
 #: The migration whose tables these are.
 REVISION: Final = "0001"
@@ -43,7 +45,11 @@ metadata = MetaData()
 
 
 def _words(states: frozenset[JobState]) -> str:
-    return ", ".join(f"'{state}'" for state in JobState if state in states)
+    return _list(state for state in JobState if state in states)
+
+
+def _list(words: Iterable[str]) -> str:
+    return ", ".join(f"'{word}'" for word in words)
 
 
 jobs = Table(
@@ -85,6 +91,8 @@ jobs = Table(
     Column("batch_id", String(64)),
     Column("run_id", String(64)),
     Column("custom_id", String(512)),
+    # Who shares places with whom: `codeherd_schema.lanes`.
+    Column("lane", String(130), nullable=False),
     # A newer generation of the same run supersedes the older ones.
     Column("generation", Integer, nullable=False, server_default="0"),
     # Sorted JSON object of strings.
@@ -109,11 +117,12 @@ jobs = Table(
 )
 
 _QUEUED = text("state = 'queued'")
+_HINTED = text("state = 'queued' AND published_at IS NOT NULL")
 _RUNNING = text("state = 'running'")
 _FINISHED = text("finished_at IS NOT NULL")
 _BATCHED = text("batch_id IS NOT NULL")
 # No index starts with the state alone: SQLite would take it for everything and never look at these.
-# claim_next, due, queues_with_work, queue_depths.
+# claim_next, queues_with_work, queue_depths.
 Index(
     "ix_jobs_queued",
     jobs.c.queue,
@@ -123,6 +132,24 @@ Index(
     sqlite_where=_QUEUED,
     postgresql_where=_QUEUED,
 )
+# due: the lanes of a priority, and the oldest job of a lane; what was hinted at.
+Index(
+    "ix_jobs_lanes",
+    jobs.c.queue,
+    jobs.c.priority,
+    jobs.c.lane,
+    jobs.c.id,
+    sqlite_where=_QUEUED,
+    postgresql_where=_QUEUED,
+)
+Index(
+    "ix_jobs_hinted",
+    jobs.c.queue,
+    jobs.c.published_at,
+    jobs.c.lane,
+    sqlite_where=_HINTED,
+    postgresql_where=_HINTED,
+)
 # expire_due.
 Index("ix_jobs_queued_expires", jobs.c.expires_at, sqlite_where=_QUEUED, postgresql_where=_QUEUED)
 Index("ix_jobs_queued_deadline", jobs.c.deadline, sqlite_where=_QUEUED, postgresql_where=_QUEUED)
@@ -130,6 +157,8 @@ Index("ix_jobs_queued_deadline", jobs.c.deadline, sqlite_where=_QUEUED, postgres
 Index("ix_jobs_running_lease", jobs.c.lease_until, sqlite_where=_RUNNING, postgresql_where=_RUNNING)
 # list and count_by_state.
 Index("ix_jobs_finished", jobs.c.state, jobs.c.id, sqlite_where=_FINISHED, postgresql_where=_FINISHED)
+# prune.
+Index("ix_jobs_finished_at", jobs.c.finished_at, sqlite_where=_FINISHED, postgresql_where=_FINISHED)
 Index("ix_jobs_batch", jobs.c.batch_id, jobs.c.id, sqlite_where=_BATCHED, postgresql_where=_BATCHED)
 
 results = Table(
@@ -167,6 +196,16 @@ attempts = Table(
     Index("ix_attempts_job", "job_id", "id"),
 )
 
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("scope", String(16), primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("since", Double, nullable=False),
+    CheckConstraint(f"scope IN ({_list(PauseScope)})", name="ck_pauses_scope"),
+)
+
 #: Written by the migrations.
 revisions = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
 
@@ -191,4 +230,24 @@ def is_due() -> ColumnElement[bool]:
         jobs.c.attempt < jobs.c.max_attempts,
         or_(jobs.c.expires_at.is_(None), jobs.c.expires_at > now()),
         or_(jobs.c.deadline.is_(None), jobs.c.deadline > now()),
+        ~_is_paused(),
     )
+
+
+def paused_column(scope: PauseScope) -> Column[str]:
+    """Return the column that a pause of this scope names a value of."""
+    return {
+        PauseScope.QUEUE: jobs.c.queue,
+        PauseScope.BATCH: jobs.c.batch_id,
+        PauseScope.RUN: jobs.c.run_id,
+        PauseScope.TENANT: jobs.c.tenant,
+    }[scope]
+
+
+def _is_paused() -> ColumnElement[bool]:
+    # One look at a table of few rows by its key, for each scope.
+    named = (
+        and_(pauses.c.scope == literal_column(f"'{scope}'"), pauses.c.name == paused_column(scope))
+        for scope in PauseScope
+    )
+    return exists().where(or_(*named))

@@ -16,10 +16,11 @@ from codeherd_schema.errors import DatabaseUnavailable, SchemaOutdated
 from codeherd_schema.migrations import upgrade
 from codeherd_schema.requests import GenerateRequest
 from codeherd_schema.settings import SharedSettings
-from codeherd_schema.states import JobState
+from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.store import Store
 from tests.by_hand import HandClock, claim, requests
 from tests.integration.redis_variants import OddRedisServer, flush, messages, take
+from tests.samples import rewrite
 from tests.services import PostgresServer, RedisServer, wait_until
 
 QUEUE = queue_name("tiny")
@@ -394,4 +395,27 @@ def test_run_waits_for_the_schema(
         upgrade(url)
         hints_of(parts, 1)
         wait_until(lambda: parts.broker.waiting(QUEUE) == 1, "the hint")
+    parts.close()
+
+
+def test_a_paused_queue_gets_no_hints_and_gets_them_at_once_when_it_is_resumed(parts: Parts) -> None:
+    hints_of(parts, 3)
+    parts.client.pause(PauseScope.QUEUE, QUEUE, reason="new driver")
+
+    assert parts.dispatcher.run_once() == Tick()
+    assert parts.client.resume(PauseScope.QUEUE, QUEUE)
+    assert parts.dispatcher.run_once() == Tick(published=3)
+
+
+def test_old_jobs_are_deleted_where_a_retention_is_set(database_url: str, broker_url: str) -> None:
+    parts = Parts(database_url, broker_url, retention_days=30)
+    old, fresh = parts.client.submit_many(requests(2))
+    for job in (old, fresh):
+        job.cancel()
+    rewrite(database_url, old.id, finished_at=parts.store.clock() - 31 * 86_400)
+
+    assert parts.dispatcher.run_once() == Tick(pruned=1)
+
+    assert parts.store.get(old.id) is None
+    assert parts.store.get(fresh.id) is not None
     parts.close()

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 from codeherd_schema.requests import JobKind
-from codeherd_schema.states import JobState
+from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.store import Hint, Store
 from tests.samples import a_request, rewrite
 
@@ -105,3 +105,63 @@ def test_queues_with_queued_jobs_are_listed(store: Store, queues: list[str]) -> 
     assert store.request_cancel(ended.job_id) is JobState.CANCELLED
 
     assert store.queues_with_work() == sorted(set(queues))
+
+
+def test_a_single_job_waits_for_no_backfill(store: Store) -> None:
+    backfill = [answer.job_id for answer in store.submit([a_request()] * 200, batch_id="backfill")]
+    store.due("tiny", limit=16, stale_s=60)
+    [single] = submit(store, 5)
+    [neighbour] = store.submit([a_request()], tenant="other")
+
+    hints = [hint.job_id for hint in store.due("tiny", limit=4, stale_s=60)]
+
+    assert hints[:2] == [neighbour.job_id, single]
+    assert hints[2:] == backfill[16:18]
+
+
+def test_runs_of_a_tenant_share_what_the_tenant_gets(store: Store) -> None:
+    lanes = {
+        name: {answer.job_id for answer in store.submit([a_request()] * 40, tenant=tenant, batch_id=name)}
+        for name, tenant in (("one", "a"), ("two", "a"), ("three", "b"))
+    }
+
+    hints = {hint.job_id for hint in store.due("tiny", limit=20, stale_s=60)}
+
+    assert {name: len(ids & hints) for name, ids in lanes.items()} == {"one": 5, "two": 5, "three": 10}
+
+
+def test_running_jobs_count_as_places(store: Store) -> None:
+    first = [answer.job_id for answer in store.submit([a_request()] * 9, batch_id="first")]
+    for job_id in first[:4]:
+        store.claim(job_id, worker_id="w", lease_s=60)
+    second = {answer.job_id for answer in store.submit([a_request()] * 9, batch_id="second")}
+
+    hints = {hint.job_id for hint in store.due("tiny", limit=4, stale_s=60)}
+
+    assert hints <= second
+
+
+def test_priority_comes_before_fairness(store: Store) -> None:
+    urgent = {answer.job_id for answer in store.submit([a_request(priority=0)] * 9, batch_id="urgent")}
+    store.submit([a_request(priority=5)], tenant="other")
+
+    assert {hint.job_id for hint in store.due("tiny", limit=9, stale_s=60)} == urgent
+
+
+def test_places_that_one_lane_cannot_use_go_to_the_others(store: Store) -> None:
+    few = {answer.job_id for answer in store.submit([a_request()] * 2, tenant="few")}
+    store.submit([a_request(run_at=timedelta(days=1))] * 5, tenant="later")
+    many = {answer.job_id for answer in store.submit([a_request()] * 50, tenant="many")}
+
+    hints = {hint.job_id for hint in store.due("tiny", limit=20, stale_s=60)}
+
+    assert few <= hints
+    assert len(hints & many) == 18
+
+
+def test_a_paused_backfill_hides_nobody(store: Store) -> None:
+    store.submit([a_request()] * 50, batch_id="backfill")
+    store.pause(PauseScope.BATCH, "backfill")
+    [single] = submit(store, 5)
+
+    assert [hint.job_id for hint in store.due("tiny", limit=4, stale_s=60)] == [single]

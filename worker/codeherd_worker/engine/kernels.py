@@ -15,6 +15,7 @@ if the cache were in the cores' own; torch's CPU attention took 1.26 ms, reading
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,10 @@ _f32 = np.float32
 _NO_SCORE = _f32(-3.0e38)
 #: Below this e**x is no normal number.
 _LOWEST = _f32(-87.0)
+
+
+#: What numba was told last, by the thread that told it.
+_calling = threading.local()
 
 
 def usable_threads() -> int:
@@ -349,9 +354,12 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> None:
         """Fill the arrays that the kernel fills."""
-        # Of the calling thread. Always the same number: OpenMP ends a thread that one call does not need,
-        # and starts another for the next.
-        numba.set_num_threads(usable_threads())
+        # Always the same number: OpenMP ends a thread that one call does not need, and starts another for
+        # the next.
+        threads = usable_threads()
+        if getattr(_calling, "threads", None) != threads:
+            numba.set_num_threads(threads)
+            _calling.threads = threads
         self._compiled(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""Jobs, results, attempts."""
+"""Jobs, results, attempts, pauses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FINAL = "'succeeded', 'failed', 'cancelled', 'expired', 'dead'"
 
 
 def upgrade() -> None:
-    """Create the three tables."""
+    """Create the tables."""
     op.create_table(
         "jobs",
         sql.Column("id", sql.String(36), primary_key=True),
@@ -44,6 +44,7 @@ def upgrade() -> None:
         sql.Column("batch_id", sql.String(64)),
         sql.Column("run_id", sql.String(64)),
         sql.Column("custom_id", sql.String(512)),
+        sql.Column("lane", sql.String(130), nullable=False),
         sql.Column("generation", sql.Integer, nullable=False, server_default="0"),
         sql.Column("labels", sql.Text, nullable=False, server_default="{}"),
         sql.Column("error_code", sql.String(64)),
@@ -61,10 +62,14 @@ def upgrade() -> None:
         sql.CheckConstraint(f"(state IN ({FINAL})) = (finished_at IS NOT NULL)", name="ck_jobs_finished"),
     )
     _partial_index("ix_jobs_queued", ["queue", "priority", "id", "run_at"], "state = 'queued'")
+    _partial_index("ix_jobs_lanes", ["queue", "priority", "lane", "id"], "state = 'queued'")
+    hinted = "state = 'queued' AND published_at IS NOT NULL"
+    _partial_index("ix_jobs_hinted", ["queue", "published_at", "lane"], hinted)
     _partial_index("ix_jobs_queued_expires", ["expires_at"], "state = 'queued'")
     _partial_index("ix_jobs_queued_deadline", ["deadline"], "state = 'queued'")
     _partial_index("ix_jobs_running_lease", ["lease_until"], "state = 'running'")
     _partial_index("ix_jobs_finished", ["state", "id"], "finished_at IS NOT NULL")
+    _partial_index("ix_jobs_finished_at", ["finished_at"], "finished_at IS NOT NULL")
     _partial_index("ix_jobs_batch", ["batch_id", "id"], "batch_id IS NOT NULL")
 
     op.create_table(
@@ -99,6 +104,15 @@ def upgrade() -> None:
         sql.UniqueConstraint("lease_id", name="uq_attempts_lease_id"),
     )
     op.create_index("ix_attempts_job", "attempts", ["job_id", "id"])
+
+    op.create_table(
+        "pauses",
+        sql.Column("scope", sql.String(16), primary_key=True),
+        sql.Column("name", sql.String(128), primary_key=True),
+        sql.Column("reason", sql.Text, nullable=False),
+        sql.Column("since", sql.Double, nullable=False),
+        sql.CheckConstraint("scope IN ('queue', 'batch', 'run', 'tenant')", name="ck_pauses_scope"),
+    )
 
 
 def _partial_index(name: str, columns: list[str], where: str) -> None:
