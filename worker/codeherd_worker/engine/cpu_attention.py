@@ -94,8 +94,10 @@ class CpuPass:
 
 def _groups(slots: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """Return first token and count, (G, 2), of neighbours in one slot, at most so many each."""
-    first = np.flatnonzero(np.concatenate(([True], slots[1:] != slots[:-1])))
-    counts = np.diff(np.append(first, len(slots)))
+    first = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1]) + 1))
+    counts = np.diff(first, append=len(slots))
+    if counts.max() <= most:
+        return np.stack([first, counts], axis=1)
     parts = [
         (start + begin, min(most, count - begin))
         for start, count in zip(first.tolist(), counts.tolist(), strict=True)
