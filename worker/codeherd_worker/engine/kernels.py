@@ -48,6 +48,8 @@ _LOWEST = _f32(-87.0)
 
 #: What numba was told last, by the thread that told it.
 _calling = threading.local()
+#: Where there is no OpenMP, numba's own threads end the process when two calls meet.
+_one_at_a_time = threading.Lock()
 
 
 def usable_threads() -> int:
@@ -360,7 +362,8 @@ class Kernel:
         if getattr(_calling, "threads", None) != threads:
             numba.set_num_threads(threads)
             _calling.threads = threads
-        self._compiled(*arguments)
+        with _one_at_a_time:
+            self._compiled(*arguments)
 
 
 attend = Kernel(_attend)
