@@ -191,7 +191,7 @@ def test_slots_that_cannot_fit_stop_the_worker_with_figures_and_a_way_out(
     assert done.returncode == 1
     said = done.stderr[done.stderr.index("error: ") :]
     assert said.startswith("error: 16384x16 slots do not fit cpu: weights ")
-    assert "cache 550.29 GB" in said
+    assert "cache 550.83 GB" in said
     assert "[invalid_setting]" in said
     assert "hint: worker_slot" in said
     assert said.rstrip().endswith("would fit")
