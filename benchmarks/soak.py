@@ -32,8 +32,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-# Before torch is imported: threads that spin at barriers starve each other on a shared machine.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+from codeherd_worker.device import SPIN_COUNT
+
+# As a worker has it, and before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 import torch
 import transformers

@@ -55,7 +55,7 @@ class Hints:
     def due(self, queue: str, *, limit: int, stale_s: float) -> list[Hint]:
         """Mark and return the due jobs of `queue` that are owed a hint, the first to run first.
 
-        The first priority first; within it every tenant, and every run or batch of a tenant, in turn.
+        The first priority first; within it every tenant, and every batch of a tenant, in turn.
 
         Args:
             queue: whose jobs.
@@ -125,8 +125,9 @@ class Hints:
 
 
 def _scopes_of(lane: str) -> set[tuple[str, str]]:
-    tenant, run = owners_of(lane)
-    return {(PauseScope.TENANT, tenant), (PauseScope.RUN, run), (PauseScope.BATCH, run)}
+    tenant, batch = owners_of(lane)
+    own = {(PauseScope.TENANT.value, tenant)}
+    return own if batch is None else own | {(PauseScope.BATCH.value, batch)}
 
 
 def _owed(

@@ -1,7 +1,7 @@
 """Divide a queue's places among those who wait for them.
 
 Owns: what a lane is, and who is next when there are fewer places than jobs. A lane holds the jobs of one
-run or batch of one tenant, or a tenant's single jobs. Does not know SQL (`codeherd_schema.hints` asks it).
+batch of one tenant, or a tenant's single jobs. Does not know SQL (`codeherd_schema.hints` asks it).
 
 Max-min fairness over what is held now: the next place goes to the tenant that holds the fewest, and within it
 to the lane that holds the fewest. A backfill of 100,000 jobs so delays nobody by more than one place.
@@ -11,27 +11,25 @@ Nothing is remembered: what is held says it all, so any number of dispatchers ag
 from __future__ import annotations
 
 import heapq
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-#: Between the tenant and the rest: in no ordinary name. Whoever has it in theirs shares a lane.
-_BORDER = "\x1f"
 
-
-def lane_of(tenant: str, run: str | None) -> str:
+def lane_of(tenant: str, batch: str | None) -> str:
     """Return the lane of a job.
 
     Args:
         tenant: its owner.
-        run: its run or batch; None for a single job.
+        batch: what it was submitted with; None for a single job.
     """
-    return f"{tenant}{_BORDER}{run or ''}"
+    return json.dumps([tenant, batch], ensure_ascii=False)
 
 
-def owners_of(lane: str) -> tuple[str, str]:
-    """Return the tenant of a lane, and its run or batch; empty for single jobs."""
-    tenant, _, run = lane.partition(_BORDER)
-    return tenant, run
+def owners_of(lane: str) -> tuple[str, str | None]:
+    """Return the tenant of a lane, and its batch; None for single jobs."""
+    tenant, batch = json.loads(lane)
+    return tenant, batch
 
 
 def shares(lanes: Iterable[str], held: Mapping[str, int], places: int) -> Counter[str]:

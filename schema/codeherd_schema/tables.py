@@ -92,7 +92,7 @@ jobs = Table(
     Column("run_id", String(64)),
     Column("custom_id", String(512)),
     # Who shares places with whom: `codeherd_schema.lanes`.
-    Column("lane", String(130), nullable=False),
+    Column("lane", Text, nullable=False),
     # A newer generation of the same run supersedes the older ones.
     Column("generation", Integer, nullable=False, server_default="0"),
     # Sorted JSON object of strings.

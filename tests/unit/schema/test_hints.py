@@ -165,3 +165,14 @@ def test_a_paused_backfill_hides_nobody(store: Store) -> None:
     [single] = submit(store, 5)
 
     assert [hint.job_id for hint in store.due("tiny", limit=4, stale_s=60)] == [single]
+
+
+def test_a_pause_hides_no_job_that_it_does_not_name(store: Store) -> None:
+    [single] = submit(store, 5)
+    [batched] = store.submit([a_request()], batch_id="nightly")
+    store.pause(PauseScope.BATCH, "")
+    store.pause(PauseScope.RUN, "nightly")
+
+    hints = {hint.job_id for hint in store.due("tiny", limit=4, stale_s=60)}
+
+    assert hints == {single, batched.job_id}

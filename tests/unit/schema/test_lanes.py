@@ -13,8 +13,9 @@ lanes = st.builds(lane_of, names, st.one_of(st.none(), names))
 
 def test_a_lane_tells_its_owners() -> None:
     assert owners_of(lane_of("team", "nightly")) == ("team", "nightly")
-    assert owners_of(lane_of("team", None)) == ("team", "")
-    assert owners_of("") == ("", "")
+    assert owners_of(lane_of("team", None)) == ("team", None)
+    assert owners_of(lane_of("team", "")) == ("team", "")
+    assert owners_of(lane_of('a", "b', "\x1fé\n")) == ('a", "b', "\x1fé\n")
 
 
 def test_places_go_to_tenants_first_and_to_their_lanes_then() -> None:

@@ -1,4 +1,6 @@
-"""Attend the slots of the static cache, each token what its own sequence has up to its place.
+"""Attend the slots of the static cache with torch's kernels, each token what its sequence has up to it.
+
+On GPUs, and on CPUs for heads that our own loops do not take (`cpu_attention.py`).
 
 Owns: how queries meet the cache and what each may see, so that a token's bits depend neither on its
 neighbours nor on which thread computes it. Does not know layers' weights or when a pass happens.

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from codeherd_worker.engine.slot_classes import SlotClass
 
-#: Tokens. Reads end at multiples of this many: CPU attention sums blocks of 512 keys, a block that is masked
-#: as a whole adds exactly nothing, and a block of another size may round differently.
+#: Tokens. Slots end at multiples of this many, and torch's attention reads up to them: its CPU kernel sums
+#: blocks of 512 keys, and a block that is masked as a whole adds exactly nothing.
 KV_BLOCK = 512
 #: Keys that lie together, dimension by dimension, for a CPU's kernel: little is read in vain. Who changes it
 #: touches `kernels.py` too: what was compiled is kept on disk, and goes by that file alone.

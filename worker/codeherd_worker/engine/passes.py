@@ -90,7 +90,7 @@ class Passes:
         fitting = [size for size in GRANULES if self.prefill_chunk % size == 0]
         self.granule, self.pass_lengths = rounding.pass_lengths(self.linears, self.prefill_chunk, fitting)
         # On a GPU one row costs what many do, and a captured graph has one shape.
-        is_cpu = self.device.type == "cpu"
+        is_cpu, compiled = self.device.type == "cpu", has_kernels(self.device, forward.head_size)
         counts = _row_counts(self.rows) if is_cpu else [self.rows]
         self.row_counts = tuple(rounding.agreeing_rows(self.linears, self.rows, counts))
         if self.rows not in self.row_counts:
@@ -101,14 +101,14 @@ class Passes:
             [*classes, *idle],
             key_heads=forward.key_heads,
             head_size=forward.head_size,
-            # A CPU attends in float32, with kernels of its own.
+            # A CPU attends in float32, whatever the weights are.
             dtype=torch.float32 if is_cpu else forward.dtype,
             layer_devices=forward.layer_devices,
-            blocked_keys=has_kernels(self.device, forward.head_size),
+            blocked_keys=compiled,
         )
         self._scale = forward.head_size**-0.5
         self._on_cpu: CpuAttention | None = None
-        if has_kernels(self.device, forward.head_size):
+        if compiled:
             self._on_cpu = CpuAttention(self.cache, heads=forward.heads, scale=self._scale)
         readable = [room.readable_len for room in self.cache.rooms]
         # Compiled loops read what each token has.

@@ -44,7 +44,7 @@ def upgrade() -> None:
         sql.Column("batch_id", sql.String(64)),
         sql.Column("run_id", sql.String(64)),
         sql.Column("custom_id", sql.String(512)),
-        sql.Column("lane", sql.String(130), nullable=False),
+        sql.Column("lane", sql.Text, nullable=False),
         sql.Column("generation", sql.Integer, nullable=False, server_default="0"),
         sql.Column("labels", sql.Text, nullable=False, server_default="{}"),
         sql.Column("error_code", sql.String(64)),

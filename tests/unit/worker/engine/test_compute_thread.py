@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_a_function_gives_back_what_it_returns(thread: ComputeThread) -> None:
 def test_functions_run_in_the_order_in_which_they_came(thread: ComputeThread) -> None:
     first_may_end, order = threading.Event(), list[int]()
     waiting = thread.submit(lambda: first_may_end.wait(PATIENCE))
-    futures = [thread.submit(lambda number=number: order.append(number)) for number in range(50)]  # type: ignore[misc]
+    futures = [thread.submit(partial(order.append, number)) for number in range(50)]
     assert not any(future.done() for future in futures)
 
     first_may_end.set()
@@ -81,7 +82,7 @@ def test_close_waits_for_what_is_in_line() -> None:
     may_end, done = threading.Event(), list[int]()
     thread.submit(lambda: may_end.wait(PATIENCE))
     for number in range(5):
-        thread.submit(lambda number=number: done.append(number))  # type: ignore[misc]
+        thread.submit(partial(done.append, number))
     closer = threading.Thread(target=thread.close)
     closer.start()
     assert done == []
