@@ -21,7 +21,7 @@ from codeherd_schema.requests import Request, parse_request
 from codeherd_worker.engine.detokenize import Detokenizer
 from codeherd_worker.engine.engine import Engine
 from codeherd_worker.engine.prompts import build_prompt
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from codeherd_worker.engine.vocabulary import Vocabulary

@@ -40,7 +40,7 @@ from benchmarks.gpu_models import build_model, config_of, dtype_of
 from benchmarks.roofline import Ceilings, Roofline, measure_ceilings
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.graphs import StepGraphs
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 

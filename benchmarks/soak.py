@@ -51,7 +51,7 @@ from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.logprobs import TokenLogprobs
 from codeherd_worker.engine.passes import Passes
 from codeherd_worker.engine.prompts import Prompt, build_prompt
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.stopping import CancelReason, CancelToken, Stopper

@@ -13,7 +13,7 @@ from benchmarks.workloads import Arrival, Job, Workload
 from codeherd_worker.engine.compute_thread import ComputeThread
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.loading import load_model
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 

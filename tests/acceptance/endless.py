@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from codeherd_worker.process import EMBEDDED_FOLDER
+from codeherd_worker.embedded import EMBEDDED_FOLDER
 
 #: The name in the models file.
 NAME = "endless"

@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from benchmarks.soak import TINY_FOLDER, Answer, Recipe, Recipes
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.prompts import Prompt
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome
 from codeherd_worker.engine.vocabulary import Vocabulary
 

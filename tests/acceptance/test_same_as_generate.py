@@ -23,7 +23,7 @@ from codeherd_schema.models import TINY
 from codeherd_schema.requests import GenerateRequest, InfillRequest
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.prompts import build_prompt
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from tests.acceptance.engine_jobs import (

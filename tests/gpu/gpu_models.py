@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.loading import AppliedQuantization, LoadedModel, load_model
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from tests.unit.worker.engine.tiny_llama import random_prompt, tiny_config

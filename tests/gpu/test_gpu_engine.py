@@ -14,7 +14,7 @@ import torch
 
 from codeherd_worker.device import count_gpus, parse_gpus
 from codeherd_worker.engine.loading import AppliedQuantization, load_model, quantization_of
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from codeherd_worker.footprint import idle_rows, measure_cards

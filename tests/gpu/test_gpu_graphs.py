@@ -13,7 +13,7 @@ from codeherd_worker.engine.decode import SlotDecoder
 from codeherd_worker.engine.layouts import Piece, StepLayout, lay_out_step
 from codeherd_worker.engine.loading import AppliedQuantization
 from codeherd_worker.engine.passes import Passes
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.slot_classes import SlotClass
 from tests.gpu.gpu_models import MARKS, QUANTIZATIONS, answers, load, make_engine, running
 from tests.unit.worker.engine.tiny_llama import random_prompt

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from codeherd_producer.client import Client
 from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import JobState
-from codeherd_worker.process import EMBEDDED_FOLDER
+from codeherd_worker.embedded import EMBEDDED_FOLDER
 from codeherd_worker.watchdog import HUNG_STATUS
 from tests.acceptance.endless import LONG, NAME, endless_model
 from tests.acceptance.herd import QUICK, Herd

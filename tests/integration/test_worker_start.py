@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from codeherd_worker.process import EMBEDDED_FOLDER
+from codeherd_worker.embedded import EMBEDDED_FOLDER
 from tests.services import free_port
 
 

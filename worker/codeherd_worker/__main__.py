@@ -19,11 +19,16 @@ from codeherd_schema.settings import PREFIX, load, user_file
 from codeherd_worker.device import count_gpus, parse_gpus
 from codeherd_worker.serve import configure_logging, print_error
 from codeherd_worker.settings import Quantization, WorkerSettings
-from codeherd_worker.supervisor import Supervisor
+from codeherd_worker.supervisor import WORKER_MODULE, Supervisor
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Launch the workers and wait for them; return the exit status."""
+def main(argv: Sequence[str] | None = None, *, module: str = WORKER_MODULE) -> int:
+    """Launch the workers and wait for them; return the exit status.
+
+    Args:
+        argv: the command line's arguments.
+        module: what each worker process runs.
+    """
     options = _parser().parse_args(argv)
     flags = {f"worker_{name}": value for name, value in vars(options).items()}
     try:
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.worker_threads is None:
         share = max(1, (os.cpu_count() or 1) // len(groups))
         environment[f"{PREFIX}WORKER_THREADS"] = str(share)
-    return min(Supervisor(groups, environment=environment).run(), 1)
+    return min(Supervisor(groups, environment=environment, module=module).run(), 1)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from codeherd_schema.errors import DatabaseUnavailable
 from codeherd_schema.store import Store
 from codeherd_worker.engine.stopping import CancelReason
-from codeherd_worker.running import Run, Running
+from codeherd_worker.running import Running
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,6 @@ class Heartbeat:
             beats = self._store.heartbeat([claim for _, claim in claims.values()], lease_s=self._lease_s)
         except DatabaseUnavailable as err:
             logger.warning("heartbeat_failed claims=%d reason=%s", len(claims), err)
-            self._give_up_overdue([run for run, _ in claims.values()])
             return
         for lease_id, (run, claim) in claims.items():
             beat = beats.get(lease_id)
@@ -69,9 +68,10 @@ class Heartbeat:
             elif beat.deadline_passed:
                 run.token.cancel(CancelReason.DEADLINE)
 
-    def _give_up_overdue(self, runs: list[Run]) -> None:
+    def give_up_overdue(self) -> None:
+        """Stop what holds a lease that may be another's by now; also while a beat waits for its answer."""
         now = self._clock()
-        for run in runs:
+        for run in self._running.claimed():
             if run.claim is not None and now >= run.safe_until:
                 logger.error("lease_given_up job_id=%s", run.claim.job.id)
                 run.token.cancel(CancelReason.LEASE_LOST)

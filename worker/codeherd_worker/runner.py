@@ -15,28 +15,25 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from codeherd_schema.broker import Broker
 from codeherd_schema.errors import BrokerUnavailable, CodeherdError, DatabaseUnavailable, EngineFailed
-from codeherd_schema.models import ServedModel
 from codeherd_schema.requests import Request, Sampling
 from codeherd_schema.results import Candidate, FinishReason, LikelyToken, Result, Timings, TokenLogprob
 from codeherd_schema.store import Claim, Commit, Store
 from codeherd_worker.engine.detokenize import Detokenizer
-from codeherd_worker.engine.engine import Engine
-from codeherd_worker.engine.loading import LoadedModel
 from codeherd_worker.engine.logprobs import TokenLogprobs
 from codeherd_worker.engine.prompts import Prompt, build_prompt
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.stopping import CancelReason, Stopper
 from codeherd_worker.engine.vocabulary import Vocabulary
+from codeherd_worker.generator import Generator
 from codeherd_worker.lease import SAFE_SHARE
 from codeherd_worker.running import Run, Running
-from codeherd_worker.telemetry import job_summary, no_result
+from codeherd_worker.summary import job_summary, no_result
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +53,6 @@ class OperatorStopped(CodeherdError):
     """An operator terminated the task."""
 
     code = "operator_stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class Generator:
-    """Everything that turns a request into text: loaded once, shared by all threads."""
-
-    model: ServedModel
-    loaded: LoadedModel
-    vocabulary: Vocabulary
-    engine: Engine
 
 
 class Runner:
@@ -124,8 +111,8 @@ class Runner:
             outcomes = self._generate(run, claim, request.sampling, prompt, request.priority)
         except CodeherdError as err:
             return self._failed(run, claim, err)
-        except Exception as err:
-            # Whatever else breaks, breaks this attempt alone; the log holds the trace.
+        except BaseException as err:
+            # Whatever else breaks, a SystemExit too, breaks this attempt alone; the log holds the trace.
             logger.exception("attempt_broken job_id=%s attempt=%d", claim.job.id, claim.attempt)
             return self._failed(run, claim, EngineFailed(f"unexpected {type(err).__name__}"))
         stopped = next((o.cancelled for o in outcomes if o.cancelled is not None), None)
@@ -202,8 +189,8 @@ class Runner:
             completion_tokens=sum(o.completion_tokens for o in outcomes),
             cut=prompt.cut,
             model=generator.model.name,
-            model_revision=generator.loaded.revision,
-            quantization=generator.loaded.quantization,
+            model_revision=generator.revision,
+            quantization=generator.quantization,
             engine_fingerprint=generator.engine.fingerprint,
             worker_id=self._worker_id,
             timings=Timings(

@@ -12,12 +12,15 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 from codeherd_schema.errors import CodeherdError, ConfigurationError, InvalidRequest
 from codeherd_schema.settings import load, user_file
+from codeherd_worker.app import run_worker
 from codeherd_worker.device import Device
+from codeherd_worker.process import WorkerProcess
 from codeherd_worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -30,8 +33,13 @@ FAILURE_STATUS = 1
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> int:
-    """Serve until stopped; return the exit status."""
+def main(load_process: Callable[[WorkerSettings, str, Device], WorkerProcess] | None = None) -> int:
+    """Serve until stopped; return the exit status.
+
+    Args:
+        load_process: makes the process of these settings, with this name on this device; by default one
+            that generates with a model.
+    """
     parser = argparse.ArgumentParser(prog="codeherd_worker.serve", description=__doc__)
     parser.add_argument("--name", required=True)
     parser.add_argument("--device", required=True, choices=get_args(Device))
@@ -47,24 +55,27 @@ def main() -> int:
             user_file=user_file(),
         ).settings
         configure_logging(settings.log_level)
-        return serve(settings, name=options.name, device=options.device)
+        return serve((load_process or with_model)(settings, options.name, options.device))
     except CodeherdError as err:
         print_error(err)
         lasting = isinstance(err, ConfigurationError | InvalidRequest)
         return CONFIGURATION_STATUS if lasting else FAILURE_STATUS
 
 
-def serve(settings: WorkerSettings, *, name: str, device: Device) -> int:
-    """Load the model, then take jobs until stopped."""
+def with_model(settings: WorkerSettings, name: str, device: Device) -> WorkerProcess:
+    """Return a process that will hold a model."""
     # Weights and prompts stay on this machine: nothing may look for files on a hub while it serves.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # After the pinning and the variables above, which torch and transformers read when imported.
-    from codeherd_worker.app import run_worker
-    from codeherd_worker.process import WorkerProcess
+    from codeherd_worker.preparation import prepare
 
-    process = WorkerProcess(settings, name=name, device=device)
+    return WorkerProcess(settings, name=name, device=device, prepare=prepare)
+
+
+def serve(process: WorkerProcess) -> int:
+    """Open a process, take jobs until stopped, close it."""
     try:
         process.open()
         status = run_worker(process)

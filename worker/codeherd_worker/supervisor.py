@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 #: Seconds of life after which the next death waits only `FIRST_BACKOFF_S` again.
 HEALTHY_S = 60.0
+#: What a worker process runs.
+WORKER_MODULE = "codeherd_worker.serve"
 #: Signals that ask for a stop.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -41,13 +43,17 @@ class _Child:
 class Supervisor:
     """Runs the worker processes until told to stop or until one can never start."""
 
-    def __init__(self, groups: Sequence[DeviceGroup], *, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, groups: Sequence[DeviceGroup], *, environment: Mapping[str, str], module: str = WORKER_MODULE
+    ) -> None:
         """Remember what to run.
 
         Args:
             groups: one process each.
             environment: handed to every process, with the group's pinning added.
+            module: run by every process, with the arguments of `codeherd_worker.serve`.
         """
+        self._module = module
         self._children = [_Child(group) for group in groups]
         self._environment = dict(environment)
         self._stops: list[int] = []
@@ -76,7 +82,7 @@ class Supervisor:
 
     def _spawn(self, child: _Child) -> None:
         group = child.group
-        command = [sys.executable, "-m", "codeherd_worker.serve"]
+        command = [sys.executable, "-m", self._module]
         command += ["--name", group.name, "--device", group.device, "--parent", str(os.getpid())]
         child.process = subprocess.Popen(  # noqa: S603 -- our own module
             command,

@@ -1,7 +1,7 @@
-"""What operators see of a worker: one compact line per job, and the engine's figures on request.
+"""What operators see of a worker that they ask: its engine's figures.
 
-Owns: the words and units of both, and rates over the last seconds. Never holds prompt or completion
-text: Flower shows the lines to everyone who may log in, and the figures are numbers and job ids.
+Owns: their words and units, and rates over the last seconds. Never holds prompt or completion text: the
+figures are numbers and job ids.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from codeherd_schema.results import Result
 from codeherd_worker.engine.engine import Engine
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.footprint import held_bytes
@@ -21,25 +20,6 @@ from codeherd_worker.memory import MemoryPlan
 
 #: Seconds over which rates are taken.
 WINDOW_S: Final = 10.0
-
-
-def job_summary(result: Result) -> dict[str, Any]:
-    """Return a finished job in the shape of Flower's result column; the task's id names the job."""
-    decode_s = result.timings.decode_s
-    # Flower cuts long columns: what operators look for comes first.
-    return {
-        "in": result.prompt_tokens,
-        "out": result.completion_tokens,
-        "tps": round(result.completion_tokens / decode_s, 1) if decode_s > 0 else None,
-        "finish": ",".join(sorted({str(c.finish_reason) for c in result.candidates})),
-        "s": round(result.timings.total_s, 3),
-        "model": result.model,
-    }
-
-
-def no_result(outcome: str) -> dict[str, Any]:
-    """Return a task that stored no result: a repeated hint, a cancelled or released job."""
-    return {"outcome": outcome}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +143,8 @@ class Telemetry:
             "waiting": stats.waiting,
             "steps": stats.steps,
             "passes": stats.passes,
+            # Old while `active` is not 0 means that the device hangs.
+            "last_step_age_s": round(self._clock() - stats.last_step_at, 3),
             "tokens": stats.tokens,
             "tokens_per_s": round(rates.tokens_per_s, 1),
             "busy_share": round(rates.busy_share, 3),

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 
-from codeherd_worker.engine.engine import Engine
+from codeherd_worker.generator import TextEngine
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Watchdog:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TextEngine,
         *,
         step_timeout_s: float,
         on_broken: Callable[[], None],

@@ -12,7 +12,7 @@ from torch.nn import functional
 from codeherd_producer.commands.mask_picture import Cell, RowKind, SlotFacts, draw, picture, queries
 from codeherd_worker.engine import passes
 from codeherd_worker.engine.engine import Engine, EngineSettings
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from codeherd_worker.memory import MemoryPlan

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from codeherd_worker.embedded import EMBEDDED_FOLDER
 from codeherd_worker.engine.decode import SlotDecoder
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.layouts import Piece
 from codeherd_worker.engine.loading import LoadedModel, load_model
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.footprint import (
     held_bytes,
@@ -27,7 +28,6 @@ from codeherd_worker.footprint import (
     weight_bytes,
 )
 from codeherd_worker.memory import activation_bytes, plan_memory
-from codeherd_worker.process import EMBEDDED_FOLDER
 from tests.unit.worker.engine.tiny_llama import MAX_POSITIONS, tiny_llama
 
 GIB = 2**30

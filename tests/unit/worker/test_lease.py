@@ -1,8 +1,11 @@
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
+from codeherd_schema.database import Database
 from codeherd_schema.requests import GenerateRequest
 from codeherd_schema.store import Claim, Store
 from codeherd_worker.engine.stopping import CancelReason
@@ -90,7 +93,32 @@ def test_without_the_database_a_job_is_given_up_before_its_lease_ends(
 
     beats.beat()
     assert run.token.reason is None, "one missed beat is no reason to stop"
+    beats.give_up_overdue()
+    assert run.token.reason is None
     clock.now += LEASE_S * SAFE_SHARE
-    beats.beat()
+    beats.give_up_overdue()
 
+    assert run.token.reason is CancelReason.LEASE_LOST
+
+
+def test_a_beat_that_waits_for_its_answer_keeps_nobody_from_giving_up(
+    store: Store, running: Running, database_url: str
+) -> None:
+    clock = Clock()
+    run, _ = claimed(store, running)
+    run.safe_until = clock.now + LEASE_S * SAFE_SHARE
+    beats = heartbeat(store, running, clock)
+    blocker = Database.open(database_url)
+    beat = threading.Thread(target=beats.beat)
+
+    with blocker.begin() as connection:
+        connection.execute(text("UPDATE jobs SET priority = priority"))
+        beat.start()
+        clock.now += LEASE_S * SAFE_SHARE
+        beats.give_up_overdue()
+        assert run.token.reason is CancelReason.LEASE_LOST
+    beat.join()
+    blocker.close()
+
+    # The beat did renew it in the end; the attempt stays given up, for somebody may have seen it end.
     assert run.token.reason is CancelReason.LEASE_LOST

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -21,12 +20,11 @@ from codeherd_schema.settings import SharedSettings, Url
 from codeherd_schema.states import JobState
 from codeherd_schema.store import Claim, Commit, Job, Store
 from codeherd_worker.engine.engine import Engine, EngineSettings
-from codeherd_worker.engine.loading import LoadedModel
 from codeherd_worker.engine.logprobs import TokenLogprobs
 from codeherd_worker.engine.stopping import CancelReason
 from codeherd_worker.engine.vocabulary import Vocabulary
+from codeherd_worker.generator import Generator
 from codeherd_worker.runner import (
-    Generator,
     JobEnded,
     OperatorStopped,
     Runner,
@@ -51,14 +49,12 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
     model = tiny_llama(vocab_size=vocabulary.size)
     engine = Engine(model, EngineSettings.uniform(slots=4, max_len=MAX_LEN, prefill_chunk=64))
     engine.start()
-    loaded = LoadedModel(
-        model=model, revision="r1", quantization="none", dtype=model.dtype, device=model.device, folder=folder
-    )
     yield Generator(
         model=TINY.model_copy(update={"context_window": MAX_LEN}),
-        loaded=loaded,
         vocabulary=vocabulary,
         engine=engine,
+        revision="r1",
+        quantization="none",
     )
     engine.close()
 
@@ -267,12 +263,7 @@ class Poor:
 
 
 def test_an_error_that_may_pass_is_tried_again_later(bench: Bench, generator: Generator) -> None:
-    bench.runner._generator = Generator(
-        model=generator.model,
-        loaded=generator.loaded,
-        vocabulary=generator.vocabulary,
-        engine=Poor(),  # type: ignore[arg-type]
-    )
+    bench.runner._generator = replace(generator, engine=Poor())  # type: ignore[arg-type]
 
     job = bench.run(GenerateRequest(prompt="x"))
 
@@ -282,12 +273,7 @@ def test_an_error_that_may_pass_is_tried_again_later(bench: Bench, generator: Ge
 
 
 def test_an_unexpected_error_costs_one_attempt_and_no_thread(bench: Bench, generator: Generator) -> None:
-    bench.runner._generator = Generator(
-        model=generator.model,
-        loaded=generator.loaded,
-        vocabulary=None,  # type: ignore[arg-type]
-        engine=generator.engine,
-    )
+    bench.runner._generator = replace(generator, vocabulary=None)  # type: ignore[arg-type]
 
     job = bench.run(GenerateRequest(prompt="secret words"))
 
@@ -344,9 +330,3 @@ def test_waits_between_attempts_double_up_to_a_bound() -> None:
 
     assert longest == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
     assert shortest == [wait / 2 for wait in longest]
-
-
-def test_no_folder_of_the_model_is_named_in_a_summary(bench: Bench, generator: Generator) -> None:
-    bench.run(GenerateRequest(prompt="x", sampling=Sampling(max_new_tokens=2)))
-
-    assert str(Path(generator.loaded.folder)) not in str(bench.answer)

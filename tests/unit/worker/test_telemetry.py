@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codeherd_worker.engine.engine import Engine, EngineSettings
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceRequest
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.stopping import CancelToken, Stopper

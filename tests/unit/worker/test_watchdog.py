@@ -6,7 +6,7 @@ import torch
 from codeherd_schema.errors import EngineFailed
 from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.faults import is_sticky
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceRequest
 from codeherd_worker.engine.stopping import CancelToken, Stopper
 from codeherd_worker.watchdog import HUNG_STATUS, Watchdog

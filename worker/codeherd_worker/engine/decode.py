@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM
 from codeherd_worker.engine import probes
 from codeherd_worker.engine.layouts import Piece, StepLayout, lay_out_step
 from codeherd_worker.engine.passes import Passes
-from codeherd_worker.engine.sampling import Sampled, SamplingParams, SlotSampler
+from codeherd_worker.engine.sampling import Sampled, SlotSampler
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.tokens import NOT_FINITE, Pending
 from codeherd_worker.engine.uploads import upload

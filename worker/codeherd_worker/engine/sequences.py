@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from codeherd_worker.engine.drafts import PromptLookup
 from codeherd_worker.engine.logprobs import TokenLogprobs
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.stopping import CancelReason, CancelToken, FinishReason, Stopper
 
 

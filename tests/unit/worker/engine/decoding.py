@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from codeherd_worker.engine.decode import SlotDecoder
 from codeherd_worker.engine.layouts import Piece
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.tokens import Token
 

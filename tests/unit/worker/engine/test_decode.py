@@ -12,7 +12,7 @@ from codeherd_worker.engine.cache import KV_BLOCK
 from codeherd_worker.engine.decode import SlotDecoder
 from codeherd_worker.engine.layouts import Piece
 from codeherd_worker.engine.loading import load_model
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.tokens import Token
 from tests.unit.worker.engine.decoding import CHUNK, LOGGED, ids, make_decoder, say, start, step

@@ -24,11 +24,12 @@ from codeherd_schema.errors import (
 )
 from codeherd_worker.engine import engine as engine_module
 from codeherd_worker.engine.compute_thread import ComputeThread
-from codeherd_worker.engine.engine import Engine, EngineSettings, SlotView
+from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.loading import load_model
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceOutcome, SequenceRequest
 from codeherd_worker.engine.slot_classes import SlotClass
+from codeherd_worker.engine.stats import SlotView
 from codeherd_worker.engine.stopping import CancelReason, CancelToken, FinishReason, Stopper
 from tests.unit.worker.engine.misrounding import NUDGE, disturb_attention
 from tests.unit.worker.engine.tiny_llama import VOCAB_SIZE, generate_alone, random_prompt, tiny_llama

@@ -13,7 +13,7 @@ from codeherd_worker.engine.engine import Engine, EngineSettings
 from codeherd_worker.engine.graphs import StepGraphs
 from codeherd_worker.engine.layouts import lay_out_step
 from codeherd_worker.engine.probes import _Probes
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.sequences import SequenceRequest
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.stopping import CancelReason, CancelToken, FinishReason, Stopper

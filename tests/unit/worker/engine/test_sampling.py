@@ -24,7 +24,6 @@ from codeherd_worker.engine.sampling import (
     Needs,
     Rows,
     Sampled,
-    SamplingParams,
     SlotSampler,
     gumbel_noise,
     lowest_kept,
@@ -33,6 +32,7 @@ from codeherd_worker.engine.sampling import (
     running_mass,
     streams_of,
 )
+from codeherd_worker.engine.sampling_params import SamplingParams
 
 VOCAB_SIZE = 50
 #: Far more than a CPU looks at first.

@@ -14,7 +14,7 @@ from codeherd_schema.errors import GenerationError, OutOfMemory
 from codeherd_worker.engine.decode import SlotDecoder
 from codeherd_worker.engine.drafts import PromptLookup
 from codeherd_worker.engine.layouts import Piece
-from codeherd_worker.engine.sampling import SamplingParams
+from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.scheduler import Ended, Scheduler
 from codeherd_worker.engine.sequences import Sequence, SequenceRequest
 from codeherd_worker.engine.slot_classes import SlotClass
