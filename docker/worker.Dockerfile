@@ -38,7 +38,6 @@ RUN groupadd --gid 10001 codeherd \
     && install --directory --owner codeherd --group codeherd /var/lib/codeherd /models
 COPY --from=dependencies /opt/codeherd /opt/codeherd
 COPY --from=package /package /
-COPY docker/healthcheck.py /opt/healthcheck.py
 # The hub's cache lies on a volume that a worker only reads; caches that libraries want to write go to /tmp.
 ENV PATH=/opt/codeherd/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -52,7 +51,8 @@ VOLUME /models
 USER 10001:10001
 WORKDIR /var/lib/codeherd
 STOPSIGNAL SIGTERM
+# Live, not ready: some who run images restart what is unhealthy, and a broker that is away is no reason.
 HEALTHCHECK --interval=30s --timeout=20s --start-period=30m --retries=3 \
-    CMD ["python", "/opt/healthcheck.py", "worker"]
+    CMD ["codeherd", "health", "worker", "--live"]
 ENTRYPOINT ["codeherd"]
 CMD ["worker"]

@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "flower": ("stack:flower", "Run the monitor for workers and tasks"),
     "db": ("database:db", "Create or upgrade the database schema"),
     "doctor": ("doctor:doctor", "Check every part that a job needs"),
+    "health": ("health:health", "Tell whether a service here is alive or ready"),
     "inspect": ("inspection:inspect", "Show what workers do right now"),
     "config": ("configuration:config", "Show the settings in force"),
     "completion": ("completion:completion", "Print the script that completes commands in a shell"),

@@ -1,153 +1,117 @@
 """Judge every part that a job needs, from SQL to the worker that would take it.
 
-Owns: what is asked, and what counts as well, doubtful or broken. Changes nothing. Does not know how
-its findings are shown (`codeherd_producer.commands.doctor`).
+Owns: what is asked in which order, what the parts mean for one another, and that an answer comes even when
+a server is frozen. Changes nothing. Does not know how findings are shown (`commands.doctor`), nor what a
+database, a Redis or a machine must be like (`database_checks`, `redis_checks`, `machine_checks`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
+from codeherd_producer.bounded import Answers
+from codeherd_producer.database_checks import (
+    Backlog,
+    Room,
+    Work,
+    examine_database,
+    judge_room,
+    known_jobs,
+)
+from codeherd_producer.findings import Finding, Verdict, broken
+from codeherd_producer.machine_checks import examine_machine
+from codeherd_producer.redis_checks import RedisLook, Tenants, judge_redis, judge_tenants
 from codeherd_schema.broker import Broker
-from codeherd_schema.errors import BrokerUnavailable, CodeherdError
+from codeherd_schema.database import Database
+from codeherd_schema.errors import BrokerUnavailable, CodeherdError, UnknownModel
+from codeherd_schema.models import ModelTable
+from codeherd_schema.pauses import Pause
 from codeherd_schema.settings import SharedSettings
-from codeherd_schema.store import QueueDepth, Store
+from codeherd_schema.states import PauseScope
+from codeherd_schema.store import QueueDepth
 
-#: Oldest Redis that was tried.
-OLDEST_REDIS: Final = (6, 2)
-#: Seconds between the database's clock and this machine's that nobody needs to look at.
-CLOCK_SKEW_S: Final = 2.0
 #: Seconds that a due job may wait for its first message before the dispatcher counts as silent.
 UNPUBLISHED_S: Final = 10.0
+#: A hint that was not sent again after so many times `republish_after_s` is overdue.
+OVERDUE_TIMES: Final = 3
 
-
-class Verdict(StrEnum):
-    """How a part stands."""
-
-    OK = "OK"
-    #: Works, but a person should know.
-    WARN = "WARN"
-    #: Jobs will not run, or may be lost.
-    FAIL = "FAIL"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One part and how it stands."""
-
-    part: str
-    verdict: Verdict
-    message: str
-    hint: str | None = None
+Workers = Mapping[str, Mapping[str, Any]]
 
 
 def examine(
-    settings: SharedSettings, *, user_id: int, clock: Callable[[], float], answer_s: float
+    settings: SharedSettings,
+    *,
+    origins: Mapping[str, Path | None],
+    user_id: int,
+    clock: Callable[[], float],
+    answer_s: float,
+    timeout_s: float,
 ) -> Iterator[Finding]:
     """Look at everything and yield what was found, as it is found.
 
     Args:
         settings: which database and broker.
+        origins: the file that each setting came from, None for another source.
         user_id: of this process.
         clock: this machine's time in seconds since 1970.
         answer_s: seconds that workers get to answer.
+        timeout_s: seconds that the database gets, and the broker beside `answer_s`.
     """
-    yield judge_user(user_id)
-    depths: Mapping[str, QueueDepth] | None = None
+    yield from examine_machine(settings, origins, user_id)
+    work: Work | None = None
+    room: Room | None = None
+    looks = Answers(lambda: examine_database(settings, clock))
     try:
-        store = Store.open(settings.database)
-    except CodeherdError as err:
-        hint = err.hint or "`codeherd up` makes one, or `codeherd db upgrade`"
-        yield Finding("database", Verdict.FAIL, err.message, hint)
-    else:
-        try:
-            before = clock()
-            skew_s = store.clock() - (before + clock()) / 2
-            yield Finding("database", Verdict.OK, settings.database.masked())
-            yield judge_clock(skew_s)
-            store.check_schema()
-            yield Finding("schema", Verdict.OK, "up to date")
-            depths = store.queue_depths()
-        except CodeherdError as err:
-            yield broken("schema" if err.code == "schema_outdated" else "database", err)
-        finally:
-            store.close()
-    yield from _examine_broker(settings, depths, answer_s)
+        for found in looks.until(time.monotonic() + timeout_s):
+            match found:
+                case Work():
+                    work = found
+                case Room():
+                    room = found
+                case Finding():
+                    yield found
+    except TimeoutError:
+        yield _frozen("database", timeout_s)
+    if work is not None:
+        yield from judge_pauses(work.pauses, work.depths)
+    looks_at_broker = Answers(lambda: _examine_broker(settings, work, room, answer_s))
+    try:
+        yield from looks_at_broker.until(time.monotonic() + timeout_s + answer_s)
+    except TimeoutError:
+        yield _frozen("broker", timeout_s + answer_s)
 
 
 def _examine_broker(
-    settings: SharedSettings, depths: Mapping[str, QueueDepth] | None, answer_s: float
+    settings: SharedSettings, work: Work | None, room: Room | None, answer_s: float
 ) -> Iterator[Finding]:
-    broker = Broker(settings)
+    broker, look = Broker(settings), RedisLook(settings)
     try:
-        yield from judge_redis(broker.check(), settings.broker.masked())
+        yield from judge_redis(look.facts(), settings.broker.masked())
+        tenants = look.tenants()
+        if tenants is not None:
+            known = None if work is None else _known(settings, tenants)
+            yield from judge_tenants(tenants, settings.key_prefix, known)
         workers = broker.workers(answer_s)
         yield judge_workers(workers)
-        if depths is not None:
-            served = {str(figures.get("queue")) for figures in workers.values()}
-            yield from judge_queues(depths, served)
-            yield judge_dispatcher(depths, {queue: broker.waiting(queue) for queue in depths})
+        yield from judge_served_models(settings, workers)
+        if room is not None:
+            yield judge_room(room, len(workers))
+        if work is not None:
+            yield from judge_queues(work.depths, {str(figures.get("queue")) for figures in workers.values()})
+            waiting = {queue: broker.waiting(queue) for queue in work.depths}
+            yield judge_dispatcher(work.backlogs, waiting)
+            yield from judge_hints(work.backlogs, waiting, settings)
     except BrokerUnavailable as err:
         yield broken("broker", err)
     finally:
+        look.close()
         broker.close()
 
 
-def broken(part: str, err: CodeherdError) -> Finding:
-    """Turn an error into a finding."""
-    return Finding(part, Verdict.FAIL, err.message, err.hint)
-
-
-def judge_user(user_id: int) -> Finding:
-    """Nothing of codeherd needs root, and Celery says why not to."""
-    if user_id == 0:
-        return Finding("user", Verdict.WARN, "running as root", "use an account of its own")
-    return Finding("user", Verdict.OK, f"user id {user_id}")
-
-
-def judge_clock(skew_s: float) -> Finding:
-    """Only the database's clock decides; another one here makes times look odd."""
-    message = f"the database's clock is {abs(skew_s):.1f} s {'ahead' if skew_s > 0 else 'behind'}"
-    if abs(skew_s) > CLOCK_SKEW_S:
-        return Finding("clock", Verdict.WARN, message, "absolute times mean the database's; run NTP")
-    return Finding("clock", Verdict.OK, message)
-
-
-def judge_redis(facts: Mapping[str, str], place: str) -> Iterator[Finding]:
-    """Version, eviction policy and append-only file."""
-    version = facts["redis_version"]
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    oldest = ".".join(map(str, OLDEST_REDIS))
-    if numbers < OLDEST_REDIS:
-        yield Finding("broker", Verdict.FAIL, f"{place} is Redis {version}, {oldest} is needed")
-    else:
-        yield Finding("broker", Verdict.OK, f"{place}, Redis {version}")
-    policy = facts["maxmemory_policy"]
-    if policy != "noeviction":
-        yield Finding(
-            "eviction",
-            Verdict.FAIL,
-            f"maxmemory-policy is `{policy}`: Redis may drop whole queues",
-            "`CONFIG SET maxmemory-policy noeviction`, and in redis.conf",
-        )
-    else:
-        yield Finding("eviction", Verdict.OK, "maxmemory-policy is `noeviction`")
-    if facts["aof_enabled"] != "1":
-        yield Finding(
-            "append-only file",
-            Verdict.WARN,
-            "off: after a restart of Redis jobs wait for `republish_after_s`",
-            "`CONFIG SET appendonly yes`, and in redis.conf",
-        )
-    else:
-        yield Finding("append-only file", Verdict.OK, "on")
-
-
-def judge_workers(workers: Mapping[str, Mapping[str, Any]]) -> Finding:
+def judge_workers(workers: Workers) -> Finding:
     """Who answered, with which model."""
     if not workers:
         return Finding("workers", Verdict.WARN, "none answered", "`codeherd worker --model …` starts one")
@@ -156,6 +120,37 @@ def judge_workers(workers: Mapping[str, Mapping[str, Any]]) -> Finding:
         for name, figures in sorted(workers.items())
     )
     return Finding("workers", Verdict.OK, ", ".join(names))
+
+
+def judge_served_models(settings: SharedSettings, workers: Workers) -> Iterator[Finding]:
+    """Yield the models that workers hold and nobody here can submit to."""
+    try:
+        table = ModelTable.from_file(settings.models_file)
+    except CodeherdError:
+        # Said already, with the reason.
+        return
+    for name, figures in sorted(workers.items()):
+        model = str(figures.get("model"))
+        try:
+            table.find(model)
+        except UnknownModel:
+            message = f"worker {name} holds `{model}`, which this machine's models file has not"
+            hint = f"add its `[models.{model}]` table to CODEHERD_MODELS_FILE here too"
+            yield Finding("models", Verdict.WARN, message, hint)
+
+
+def judge_pauses(pauses: Collection[Pause], depths: Mapping[str, QueueDepth]) -> Iterator[Finding]:
+    """Yield everything that is paused: its jobs wait for a person."""
+    for pause in pauses:
+        waiting = (
+            depths[pause.name].queued if pause.scope is PauseScope.QUEUE and pause.name in depths else None
+        )
+        jobs = f", {waiting} jobs wait" if waiting is not None else ""
+        is_queue = pause.scope is PauseScope.QUEUE
+        what = f"model {pause.name.partition('.')[2]}" if is_queue else f"{pause.scope} {pause.name}"
+        reason = f" ({pause.reason})" if pause.reason else ""
+        message = f"{what} since {pause.since.isoformat(timespec='seconds')}{reason}{jobs}"
+        yield Finding("paused", Verdict.WARN, message, f"`codeherd resume {what}`")
 
 
 def judge_queues(depths: Mapping[str, QueueDepth], served: set[str]) -> Iterator[Finding]:
@@ -174,14 +169,17 @@ def judge_queues(depths: Mapping[str, QueueDepth], served: set[str]) -> Iterator
             yield Finding(f"queue {queue}", Verdict.OK, figures)
 
 
-def judge_dispatcher(depths: Mapping[str, QueueDepth], waiting: Mapping[str, int]) -> Finding:
-    """Jobs that have been due for a while without one message in Redis: nobody publishes."""
+def judge_dispatcher(backlogs: Mapping[str, Backlog], waiting: Mapping[str, int]) -> Finding:
+    """Jobs that have been due for a while without one message in Redis: nobody publishes.
+
+    Args:
+        backlogs: how due jobs wait, by queue; paused ones are not due.
+        waiting: messages in Redis, by queue.
+    """
     silent = {
-        queue: depth.oldest_due_age_s
-        for queue, depth in depths.items()
-        if depth.oldest_due_age_s is not None
-        and depth.oldest_due_age_s > UNPUBLISHED_S
-        and not waiting.get(queue)
+        queue: backlog.due_s
+        for queue, backlog in backlogs.items()
+        if backlog.due_s > UNPUBLISHED_S and not waiting.get(queue)
     }
     if silent:
         queue, age_s = max(silent.items(), key=lambda item: item[1])
@@ -192,3 +190,42 @@ def judge_dispatcher(depths: Mapping[str, QueueDepth], waiting: Mapping[str, int
             "`codeherd dispatcher` does; `codeherd up` includes it",
         )
     return Finding("dispatcher", Verdict.OK, "no due job waits to be published")
+
+
+def judge_hints(
+    backlogs: Mapping[str, Backlog], waiting: Mapping[str, int], settings: SharedSettings
+) -> Iterator[Finding]:
+    """Yield queues whose hints are so old that a dispatcher should have sent them again long ago.
+
+    Not those whose window is full: there hints wait for busy workers, and more of them would not help.
+    """
+    overdue_s = OVERDUE_TIMES * settings.republish_after_s
+    for queue, backlog in backlogs.items():
+        if backlog.hinted_s is None or backlog.hinted_s <= overdue_s:
+            continue
+        if 0 < waiting.get(queue, 0) < settings.publish_window:
+            message = (
+                f"the oldest in {queue} was sent {backlog.hinted_s:.0f} s ago and nobody claimed its job"
+            )
+            hint = (
+                f"a dispatcher sends it again after {settings.republish_after_s:g} s: look whether one runs"
+            )
+            yield Finding("hints", Verdict.WARN, message, hint)
+
+
+def _known(settings: SharedSettings, tenants: Tenants) -> frozenset[str] | None:
+    try:
+        database = Database.open(settings.database, pool_size=1)
+    except CodeherdError:
+        return None
+    try:
+        return known_jobs(database, tenants.job_ids)
+    except CodeherdError:
+        return None
+    finally:
+        database.close()
+
+
+def _frozen(part: str, timeout_s: float) -> Finding:
+    message = f"no answer within {timeout_s:g} s, though the connection stands"
+    return Finding(part, Verdict.FAIL, message, "the server is frozen or overloaded: look at its machine")

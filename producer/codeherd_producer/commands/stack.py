@@ -7,11 +7,11 @@ worker does (`codeherd_worker`), or how Flower is set up (`codeherd_producer.mon
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import secrets
 import signal
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,9 +21,13 @@ from codeherd_producer.commands.configuration import service_settings
 from codeherd_producer.commands.help_text import Verb
 from codeherd_producer.commands.request_options import options
 from codeherd_producer.commands.talk import say
-from codeherd_schema.errors import ConfigurationError
+from codeherd_producer.heartbeat import BeatingFlag
+from codeherd_schema.errors import BrokerUnavailable, ConfigurationError
 from codeherd_schema.models import ModelTable
-from codeherd_schema.settings import PREFIX
+from codeherd_schema.redis_facts import check_start
+from codeherd_schema.settings import PREFIX, SharedSettings
+
+logger = logging.getLogger(__name__)
 
 worker_options = options(
     click.option("--model", metavar="NAME", help="A name of `codeherd models` [tiny]."),
@@ -72,11 +76,13 @@ def dispatcher(ctx: click.Context) -> None:
     from codeherd_schema.store import Store
 
     settings = service_settings(ctx)
-    stop = threading.Event()
+    # Its heartbeat is what `codeherd health dispatcher` reads.
+    stop = BeatingFlag()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     store = Store.open(settings.database, max_attempts=settings.max_attempts)
     store.check_schema()
+    _check_redis(settings)
     broker = Broker(settings)
     # Not in the main thread: its signal handler takes the event's lock, which `run` may hold.
     with ThreadPoolExecutor(1, thread_name_prefix="dispatcher") as executor:
@@ -149,8 +155,26 @@ def up(ctx: click.Context, /, workers: int, no_flower: bool, flower_port: int | 
         worker_arguments=tuple(_worker_arguments(given)),
         flower=is_installed() and not no_flower,
     )
+    if settings.broker_url is not None:
+        _check_redis(settings)
     with only_stack(settings.data_dir):
         Stack(settings, plan, os.environ, say).run(lambda: upgrade(settings.database))
+
+
+def _check_redis(settings: SharedSettings) -> None:
+    """Refuse a Redis that cannot do, warn of one that may lose or delay; one that is away is waited for."""
+    from codeherd_producer.redis_checks import RedisLook
+
+    look = RedisLook(settings)
+    try:
+        facts = look.facts()
+    except BrokerUnavailable as err:
+        logger.warning("broker_away reason=%s", err)
+        return
+    finally:
+        look.close()
+    for fault in check_start(facts, settings.broker.masked()):
+        logger.warning("redis_doubtful part=%s reason=%s fix=%s", fault.part, fault.message, fault.hint)
 
 
 def _worker_arguments(given: dict[str, Any]) -> list[str]:
