@@ -18,13 +18,14 @@ from celery import Celery
 from celery.app.control import Control
 from kombu.exceptions import KombuError
 from kombu.pidbox import Mailbox
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from codeherd_schema.errors import BrokerUnavailable
 from codeherd_schema.queues import queue_name as queue_name
-from codeherd_schema.requests import JobKind
 from codeherd_schema.settings import SharedSettings
 from codeherd_schema.store import Hint
+from codeherd_schema.transport import HerdAMQP, hint_id, hint_repr, is_job_id
+from codeherd_schema.transport import task_name as task_name
 
 #: Sub-queues per queue; Redis 0 is the first to be taken (kombu's default steps, given for Flower).
 PRIORITY_STEPS = (0, 3, 6, 9)
@@ -39,20 +40,20 @@ DONE_CHANNEL = "done"
 #: Key, after the key prefix, that is there as long as Redis remembers what was published.
 MEMORY_KEY = "memory"
 
-
-def task_name(kind: JobKind) -> str:
-    """Return the Celery task of a job kind: one each, so that Flower tells them apart."""
-    return f"codeherd.{kind}"
+#: What a certificate that is refused may lack.
+_CERTIFICATE_HINT = (
+    "CODEHERD_BROKER_CA_FILE must name the authority that signed the server's certificate, which must be "
+    "in force and hold the host of CODEHERD_BROKER_URL"
+)
 
 
 def celery_settings(settings: SharedSettings, queues: Sequence[str]) -> dict[str, Any]:
     """Return the Celery configuration for producers, dispatchers and workers alike."""
     secure = settings.broker.startswith("rediss://")
     transport_options = {
-        # Messages are acknowledged at once, so these three act for milliseconds at most.
-        "visibility_timeout": 3600,
-        "unacked_restore_interval": 10,
-        "unacked_restore_throttle": 1,
+        # A second copy of every message in Redis until it is acknowledged: SQL knows what was lost.
+        # What others put there would be restored, or stop every worker at its start.
+        "ack_emulation": False,
         "socket_timeout": SOCKET_TIMEOUT_S,
         "socket_connect_timeout": settings.connect_timeout_s,
         "socket_keepalive": True,
@@ -117,7 +118,8 @@ def celery_settings(settings: SharedSettings, queues: Sequence[str]) -> dict[str
 
 def make_app(settings: SharedSettings, queues: Sequence[str]) -> Celery:
     """Build the Celery app for these queues. Connects to nothing yet."""
-    app = Celery("codeherd", set_as_current=False)
+    # The user's address stays as it is; what comes from there is checked (`codeherd_schema.transport`).
+    app = Celery("codeherd", set_as_current=False, amqp=HerdAMQP)
     app.conf.update(celery_settings(settings, queues))
     return app
 
@@ -152,11 +154,10 @@ class Broker:
                     self._app.send_task(
                         task_name(hint.kind),
                         args=(hint.job_id,),
-                        # A fresh id each time: a worker discards an id that was once terminated there.
-                        task_id=f"{hint.job_id}.{hint.publish_no}",
+                        task_id=hint_id(hint.job_id, hint.publish_no),
                         queue=self._queue(hint.queue),
                         priority=hint.priority,
-                        argsrepr=f"({hint.job_id})",
+                        argsrepr=hint_repr(hint.job_id),
                         kwargsrepr="{}",
                         producer=producer,
                         retry=False,
@@ -240,7 +241,13 @@ class Broker:
             replies = self._control.broadcast(
                 "engine_stats", reply=True, timeout=timeout_s, connection=connection
             )
-        return {name: facts for reply in replies or () for name, facts in reply.items()}
+        return {
+            name: facts
+            for reply in replies or ()
+            for name, facts in reply.items()
+            # Anybody may answer.
+            if isinstance(facts, dict)
+        }
 
     def close(self) -> None:
         """Close every connection."""
@@ -274,9 +281,9 @@ class Broker:
         try:
             yield
         except (KombuError, RedisError, OSError) as err:
+            reason, hint = _explained(_root(err))
             raise BrokerUnavailable(
-                f"broker {self._settings.broker.masked()} did not answer: {type(_root(err)).__name__}",
-                hint="`codeherd up` starts an embedded one; CODEHERD_BROKER_URL names another",
+                f"broker {self._settings.broker.masked()} did not answer: {reason}", hint=hint
             ) from err
 
 
@@ -324,7 +331,8 @@ class Endings:
             message = self._pubsub.get_message(timeout=timeout_s)
             while message is not None:
                 if message["type"] == "message":
-                    found.add(bytes(message["data"]).decode())
+                    text = bytes(message["data"]).decode(errors="replace")
+                    found |= {text} if is_job_id(text) else set()
                 message = self._pubsub.get_message(timeout=0)
         except (RedisError, OSError) as err:
             raise BrokerUnavailable("the notification channel broke") from err
@@ -341,7 +349,23 @@ def _root(err: BaseException) -> BaseException:
     """Return the error below kombu's wrappers: it says whether to look at the network or the password."""
     while err.__cause__ is not None:
         err = err.__cause__
-    return err
+    # redis-py raises its own error while it handles that of TLS.
+    return err.__context__ if isinstance(err.__context__, ssl.SSLError) else err
+
+
+def _explained(err: BaseException) -> tuple[str, str]:
+    """Return what went wrong and what to do about it; no server's text, which may hold anything."""
+    name = type(err).__name__
+    match err:
+        case ssl.SSLCertVerificationError():
+            return f"{name}, {err.verify_message}", _CERTIFICATE_HINT
+        case ssl.SSLError():
+            return name, "`rediss://` in CODEHERD_BROKER_URL is for a TLS port, `redis://` for a plain one"
+        case AuthenticationError():
+            return name, "user or password in CODEHERD_BROKER_URL is wrong, or the user is off"
+        case NoPermissionError():
+            return name, "the user of CODEHERD_BROKER_URL lacks a right: docs/security.md lists all"
+    return name, "`codeherd up` starts an embedded one; CODEHERD_BROKER_URL names another"
 
 
 def _ssl_options(settings: SharedSettings) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from codeherd_producer.cli import codeherd
-from codeherd_producer.health import Verdict, judge_redis
+from codeherd_producer.findings import Verdict
+from codeherd_producer.redis_checks import judge_redis
 from codeherd_schema.broker import Broker
 from codeherd_schema.errors import BrokerUnavailable
 from codeherd_schema.hints import Hint
@@ -298,7 +298,10 @@ def test_image_runs_as_somebody_and_stops_when_asked(path: Path) -> None:
     # Exec form: the process itself is number 1 and gets the signals.
     assert ast.literal_eval(file.last("ENTRYPOINT")) == ["codeherd"]
     assert ast.literal_eval(file.last("CMD")) in (["--help"], ["worker"])
-    assert re.search(r'CMD \["python", "/opt/healthcheck.py", "\w+"\]', file.last("HEALTHCHECK"))
+    check = ast.literal_eval(file.last("HEALTHCHECK").partition(" CMD ")[2])
+    # Whoever restarts what is unhealthy must not do so for a broker that is away.
+    assert (check[0], check[-1]) == ("codeherd", "--live")
+    resolve(check[1:])
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
@@ -342,57 +345,13 @@ def test_build_sees_what_it_copies_and_nothing_else(path: Path) -> None:
     assert all((ROOT / name).exists() for name in allowed)
 
 
-@pytest.mark.parametrize(
-    ("image", "services"), [("producer", {"dispatcher", "flower"}), ("worker", {"worker-cpu", "worker-gpu0"})]
-)
-def test_health_check_knows_the_services(image: str, services: set[str]) -> None:
-    text = (FOLDER / "healthcheck.py").read_text()
-    known = set(re.findall(r'case "(\w+)"', text))
+@pytest.mark.parametrize("name", sorted(set(OURS) - ONE_SHOTS))
+def test_health_check_asks_for_the_service_that_runs(name: str) -> None:
+    check = SERVICES[name]["healthcheck"]["test"]
 
-    asked = {SERVICES[name]["healthcheck"]["test"][-1] for name in services}
-    asked |= set(re.findall(r'"/opt/healthcheck.py", "(\w+)"', (FOLDER / f"{image}.Dockerfile").read_text()))
-
-    assert asked <= known
-
-
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, sqlite_url: str, broker_url: str) -> Callable[[str], str | None]:
-    """The health check in an environment where SQL and Redis are well."""
-    monkeypatch.setenv("CODEHERD_DATABASE_URL", sqlite_url)
-    monkeypatch.setenv("CODEHERD_BROKER_URL", broker_url)
-    main: Callable[[str], str | None] = runpy.run_path(str(FOLDER / "healthcheck.py"))["main"]
-    return main
-
-
-def test_dispatcher_is_healthy_without_workers(check: Callable[[str], str | None]) -> None:
-    assert check("dispatcher") is None
-
-
-def test_dispatcher_is_unhealthy_without_redis(
-    check: Callable[[str], str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CODEHERD_BROKER_URL", f"redis://:secret@127.0.0.1:{free_port()}/0")
-
-    fault = check("dispatcher")
-
-    assert fault is not None
-    assert "broker" in fault
-    assert "secret" not in fault
-
-
-def test_worker_is_unhealthy_until_it_answers(check: Callable[[str], str | None]) -> None:
-    fault = check("worker")
-
-    assert fault is not None
-    assert fault.startswith("0 of ")
-
-
-def test_flower_is_unhealthy_until_it_serves(
-    check: Callable[[str], str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CODEHERD_FLOWER_PORT", str(free_port()))
-
-    assert "refused" in (check("flower") or "")
+    assert check == ["CMD", "codeherd", "health", *SERVICES[name]["command"], "--ready"]
+    timeout_s = resolve(check[2:]).params["timeout_s"]
+    assert timeout_s < int(SERVICES[name]["healthcheck"]["timeout"].removesuffix("s"))
 
 
 def declared(*extras: str) -> set[str]:
