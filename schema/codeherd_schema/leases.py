@@ -8,13 +8,13 @@ what a job does between claim and end, or who takes expired leases back (`codehe
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, insert, select, true, update
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.jobs import Job, instant, job_of, storable
@@ -79,30 +79,11 @@ class Leases:
             lease_s: the job is another's after this many seconds without a heartbeat.
             queues: the queues this worker serves; None is all.
         """
-        conditions = [jobs.c.id == job_id]
-        if queues is not None:
-            conditions.append(jobs.c.queue.in_(queues))
-        return self._claim(conditions, worker_id, lease_s)
-
-    def claim_next(self, queue: str, *, worker_id: str, lease_s: float) -> Claim | None:
-        """Start an attempt at the first due job of `queue`: by priority, then oldest first."""
-        first = (
-            select(jobs.c.id)
-            .where(jobs.c.queue == queue, is_due(), jobs.c.schema_version <= SCHEMA_VERSION)
-            .order_by(jobs.c.priority, jobs.c.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .cte("first_due")
-        )
-        return self._claim([jobs.c.id.in_(select(first.c.id))], worker_id, lease_s)
-
-    def _claim(
-        self, conditions: Sequence[ColumnElement[bool]], worker_id: str, lease_s: float
-    ) -> Claim | None:
+        is_ours = true() if queues is None else jobs.c.queue.in_(queues)
         lease_id = str(uuid.uuid4())
         statement = (
             update(jobs)
-            .where(*conditions, is_due(), jobs.c.schema_version <= SCHEMA_VERSION)
+            .where(jobs.c.id == job_id, is_ours, is_due(), jobs.c.schema_version <= SCHEMA_VERSION)
             .values(
                 state=target(Move.CLAIM).value,
                 attempt=jobs.c.attempt + 1,

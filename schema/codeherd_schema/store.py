@@ -221,8 +221,14 @@ class Store(Submissions, Leases, Janitor, Hints, Pauses):
             )
             .returning(jobs.c.state)
         )
-        state = self._database.write(lambda connection: connection.execute(statement).scalar())
-        return JobState(state) if state is not None else self._state(job_id)
+        while True:
+            state = self._database.write(lambda connection: connection.execute(statement).scalar())
+            if state is not None:
+                return JobState(state)
+            ended = self._state(job_id)
+            # Else it was queued again between the two looks, and would run although it was withdrawn.
+            if ended not in sources(Move.CANCEL):
+                return ended
 
     def requeue(self, job_id: str) -> None:
         """Queue an ended job again with all its attempts; its time limits no longer hold.

@@ -75,8 +75,8 @@ class Submissions:
             batch_id: what the jobs belong to.
 
         Raises:
-            InvalidRequest: `expires_at` or `deadline` is past by the database's clock, or not after
-                `run_at`; nothing was inserted.
+            InvalidRequest: `expires_at` or `deadline` of a new job is past by the database's clock, or
+                not after `run_at`; nothing was inserted.
             IdempotencyConflict: a key was used before with other content; nothing was inserted.
             DatabaseUnavailable: try again, with an idempotency key if a second job would be a harm.
         """
@@ -103,7 +103,7 @@ class Submissions:
                 }
                 for job_id, request, custom_id in zip(ids, requests, names, strict=True)
             ]
-            return _insert(connection, rows, tenant)
+            return _insert(connection, rows, tenant, now_s)
 
         if connection is None:
             return self._database.write(work)
@@ -115,18 +115,13 @@ def new_row(request: Request, now_s: float) -> dict[str, Any]:
     """Return what the row of a new job takes from its request, at this moment of the database's clock.
 
     Raises:
-        InvalidRequest: the job could never run in the time that it allows.
+        InvalidRequest: a moment is too late to be stored.
     """
     run_at = max(now_s, _resolve("run_at", request.run_at, now_s) or now_s)
     limits = {
         name: _resolve(name, moment, now_s)
         for name, moment in (("expires_at", request.expires_at), ("deadline", request.deadline))
     }
-    for name, limit in limits.items():
-        if limit is not None and limit <= now_s:
-            raise InvalidRequest(f"`{name}` is {now_s - limit:.3f} s in the past by the database's clock")
-        if limit is not None and limit <= run_at:
-            raise InvalidRequest(f"`{name}` is not after `run_at`")
     return {
         "kind": request.kind.value,
         "model": request.model,
@@ -157,26 +152,59 @@ def _resolve(name: str, moment: Moment | None, now_s: float) -> float | None:
     return seconds
 
 
-def _insert(connection: Connection, rows: Sequence[Mapping[str, Any]], tenant: str) -> list[Submitted]:
-    # Racing submitters take the same keys in the same order, so that none waits in a circle.
-    ordered = sorted(rows, key=lambda row: row["idempotency_key"] or "")
-    if ordered:
-        keys_of_jobs = [jobs.c.tenant, jobs.c.idempotency_key]
-        connection.execute(insert_or_leave(connection, jobs, keys_of_jobs), ordered)
-    keys = sorted({row["idempotency_key"] for row in rows if row["idempotency_key"] is not None})
-    known = _jobs_of_keys(connection, tenant, keys)
-    for row in rows:
-        if row["idempotency_key"] in known and known[row["idempotency_key"]][1] != row["content_sha256"]:
+def _insert(
+    connection: Connection, rows: Sequence[Mapping[str, Any]], tenant: str, now_s: float
+) -> list[Submitted]:
+    known = _insert_or_find(connection, rows, tenant)
+    # A job without a key is its own.
+    holders = [known.get(row["idempotency_key"], (row["id"], row["content_sha256"])) for row in rows]
+    for row, (owner, content_sha256) in zip(rows, holders, strict=True):
+        # A repeated submit is told of its job even if that could not be submitted any more.
+        error = _lateness(row, now_s) if owner == row["id"] else _conflict(row, content_sha256)
+        if error is not None:
             # The caller's transaction may go on: leave nothing of ours in it.
             _delete(connection, [row["id"] for row in rows])
-            raise IdempotencyConflict(
-                f"idempotency key `{row['idempotency_key']}` was used before with a different request"
-            )
-    owners = [known.get(row["idempotency_key"], (row["id"], ""))[0] for row in rows]
+            raise error
     return [
         Submitted(job_id=owner, deduplicated=owner != row["id"])
-        for row, owner in zip(rows, owners, strict=True)
+        for row, (owner, _) in zip(rows, holders, strict=True)
     ]
+
+
+def _insert_or_find(
+    connection: Connection, rows: Sequence[Mapping[str, Any]], tenant: str
+) -> dict[str, tuple[str, str]]:
+    """Insert the rows whose keys are free; return id and content hash of the job that holds each key."""
+    known: dict[str, tuple[str, str]] = {}
+    # Racing submitters take the same keys in the same order, so that none waits in a circle.
+    missing = sorted(rows, key=lambda row: row["idempotency_key"] or "")
+    while missing:
+        statement = insert_or_leave(connection, jobs, [jobs.c.tenant, jobs.c.idempotency_key])
+        connection.execute(statement, missing)
+        keys = sorted({row["idempotency_key"] for row in missing if row["idempotency_key"] is not None})
+        known |= _jobs_of_keys(connection, tenant, keys)
+        # On PostgreSQL the job in whose favour a row was left out may be pruned before it is found.
+        missing = [row for row in missing if row["idempotency_key"] not in {None, *known}]
+    return known
+
+
+def _lateness(row: Mapping[str, Any], now_s: float) -> InvalidRequest | None:
+    """Say why the job could never run in the time that it allows."""
+    for name in ("expires_at", "deadline"):
+        limit = row[name]
+        if limit is not None and limit <= now_s:
+            return InvalidRequest(f"`{name}` is {now_s - limit:.3f} s in the past by the database's clock")
+        if limit is not None and limit <= row["run_at"]:
+            return InvalidRequest(f"`{name}` is not after `run_at`")
+    return None
+
+
+def _conflict(row: Mapping[str, Any], content_sha256: str) -> IdempotencyConflict | None:
+    if content_sha256 == row["content_sha256"]:
+        return None
+    return IdempotencyConflict(
+        f"idempotency key `{row['idempotency_key']}` was used before with a different request"
+    )
 
 
 def _jobs_of_keys(connection: Connection, tenant: str, keys: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -122,7 +122,7 @@ _RUNNING = text("state = 'running'")
 _FINISHED = text("finished_at IS NOT NULL")
 _BATCHED = text("batch_id IS NOT NULL")
 # No index starts with the state alone: SQLite would take it for everything and never look at these.
-# claim_next, queues_with_work, queue_depths.
+# queues_with_work, queue_depths.
 Index(
     "ix_jobs_queued",
     jobs.c.queue,

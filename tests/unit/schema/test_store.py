@@ -2,27 +2,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    invariant,
-    multiple,
-    rule,
-    run_state_machine_as_test,
-)
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from codeherd_schema.database import Database
 from codeherd_schema.errors import IllegalMove, JobNotFound, SchemaOutdated
 from codeherd_schema.requests import InfillRequest, JobKind
-from codeherd_schema.states import FINAL_STATES, MOVES, JobState, Move, target
+from codeherd_schema.states import MOVES, JobState, Move, target
 from codeherd_schema.store import Claim, Commit, Store
 from tests.samples import a_request, a_result, delete_all_jobs, rewrite
 
@@ -137,6 +126,21 @@ def test_running_job_is_asked_to_stop(store: Store) -> None:
 
     assert store.get(claimed.job.id) == asked
     assert store.heartbeat([claimed], lease_s=60)[claimed.lease_id].cancel_requested
+
+
+def test_job_that_is_requeued_while_it_is_cancelled_is_cancelled(store: Store, database_url: str) -> None:
+    job_id = bring_to(store, JobState.FAILED).job.id
+    database = Database.open(database_url)
+
+    @event.listens_for(database._writers, "before_cursor_execute")
+    def requeue(_1: object, _2: object, statement: str, *_: object) -> None:
+        # The cancel found the job ended, and looks how.
+        if statement.startswith("SELECT jobs.state") and state(store, job_id) is JobState.FAILED:
+            store.requeue(job_id)
+
+    assert Store(database).request_cancel(job_id) is JobState.CANCELLED
+    assert state(store, job_id) is JobState.CANCELLED
+    database.close()
 
 
 def test_result_that_came_before_the_cancel_stays(store: Store) -> None:
@@ -321,192 +325,4 @@ def test_other_schema_is_refused_with_a_hint(sqlite_url: str, found: str | None)
         store.check_schema()
 
     assert caught.value.hint == "run `codeherd db upgrade`"
-    store.close()
-
-
-# Any order of calls.
-
-
-@dataclass
-class Model:
-    """What the rules say about one job."""
-
-    state: JobState = JobState.QUEUED
-    attempt: int = 0
-    crashes: int = 0
-    cancel_requested: bool = False
-    lease_id: str | None = None
-    endings: list[Move] = field(default_factory=list)
-
-
-class StoreMachine(RuleBasedStateMachine):
-    """Workers, zombies, janitors and people in any order, against a model in memory."""
-
-    store: Store
-    database_url: str
-    max_attempts = 3
-    max_crashes = 2
-
-    job_ids = Bundle("job_ids")
-    claims = Bundle("claims")
-
-    def __init__(self) -> None:
-        super().__init__()
-        delete_all_jobs(self.database_url)
-        self.models: dict[str, Model] = {}
-        self.keys: dict[str, str] = {}
-        self.lapsed: set[str] = set()
-
-    @rule(target=job_ids, count=st.integers(1, 3))
-    def submit(self, count: int) -> Any:
-        answers = self.store.submit([a_request() for _ in range(count)])
-        for answer in answers:
-            self.models[answer.job_id] = Model()
-        return multiple(*(answer.job_id for answer in answers))
-
-    @rule(target=job_ids, key=st.sampled_from(["a", "b"]))
-    def submit_with_key(self, key: str) -> str:
-        [answer] = self.store.submit([a_request(idempotency_key=key)])
-        assert answer.deduplicated == (key in self.keys)
-        assert self.keys.setdefault(key, answer.job_id) == answer.job_id
-        self.models.setdefault(answer.job_id, Model())
-        return answer.job_id
-
-    @rule(target=claims, job_id=job_ids)
-    def claim(self, job_id: str) -> Any:
-        claimed = self.store.claim(job_id, worker_id="w", lease_s=600)
-        assert (claimed is not None) == (self.models[job_id].state is JobState.QUEUED)
-        return multiple() if claimed is None else self._claimed(claimed)
-
-    @rule(target=claims)
-    def claim_next(self) -> Any:
-        queued = sorted(job_id for job_id, model in self.models.items() if model.state is JobState.QUEUED)
-        claimed = self.store.claim_next("tiny", worker_id="w", lease_s=600)
-        assert (claimed and claimed.job.id) == (queued[0] if queued else None)
-        return multiple() if claimed is None else self._claimed(claimed)
-
-    def _claimed(self, claimed: Claim) -> Claim:
-        model = self.models[claimed.job.id]
-        model.state, model.lease_id = JobState.RUNNING, claimed.lease_id
-        model.attempt += 1
-        assert model.attempt == claimed.attempt <= self.max_attempts
-        return claimed
-
-    @rule(claimed=claims, lapses=st.booleans())
-    def heartbeat(self, claimed: Claim, lapses: bool) -> None:
-        beats = self.store.heartbeat([claimed], lease_s=-600 if lapses else 600)
-        model = self.models[claimed.job.id]
-        assert (claimed.lease_id in beats) == (model.lease_id == claimed.lease_id)
-        if beats:
-            assert beats[claimed.lease_id].cancel_requested == model.cancel_requested
-            (self.lapsed.add if lapses else self.lapsed.discard)(claimed.lease_id)
-
-    @rule(claimed=claims)
-    def succeed(self, claimed: Claim) -> None:
-        self._end(claimed, Move.SUCCEED, self.store.succeed(claimed, a_result(claimed)))
-
-    @rule(claimed=claims)
-    def fail(self, claimed: Claim) -> None:
-        self._end(claimed, Move.FAIL, self.store.fail(claimed, code="c", message="m"))
-
-    @rule(claimed=claims)
-    def retry(self, claimed: Claim) -> None:
-        move = Move.BURY if claimed.attempt == self.max_attempts else Move.RETRY
-        self._end(claimed, move, self.store.retry(claimed, code="c", message="m", delay_s=0), gives_way=True)
-
-    @rule(claimed=claims)
-    def release(self, claimed: Claim) -> None:
-        self._end(claimed, Move.RELEASE, self.store.release(claimed), gives_way=True)
-
-    @rule(claimed=claims)
-    def cancel_running(self, claimed: Claim) -> None:
-        self._end(claimed, Move.CANCEL, self.store.cancel_running(claimed))
-
-    @rule(claimed=claims)
-    def expire_running(self, claimed: Claim) -> None:
-        self._end(claimed, Move.EXPIRE, self.store.expire_running(claimed))
-
-    def _end(self, claimed: Claim, move: Move, commit: Commit, *, gives_way: bool = False) -> None:
-        model = self.models[claimed.job.id]
-        if model.lease_id != claimed.lease_id:
-            assert commit is not Commit.STORED
-            return
-        assert commit is Commit.STORED
-        self._leave(model, Move.CANCEL if gives_way and model.cancel_requested else move)
-
-    def _leave(self, model: Model, move: Move) -> None:
-        model.state, model.lease_id = target(move), None
-        model.attempt -= move is Move.RELEASE
-        model.endings.append(move)
-
-    @rule()
-    def reap(self) -> None:
-        reaped = self.store.reap(max_crashes=self.max_crashes)
-        lost = {job_id: m for job_id, m in self.models.items() if m.lease_id in self.lapsed}
-        fates: dict[Move, set[str]] = {Move.REAP: set(), Move.BURY: set(), Move.CANCEL: set()}
-        for job_id, model in lost.items():
-            model.crashes += 1
-            used_up = model.attempt == self.max_attempts or model.crashes >= self.max_crashes
-            move = Move.CANCEL if model.cancel_requested else Move.BURY if used_up else Move.REAP
-            fates[move].add(job_id)
-            self._leave(model, move)
-        assert fates == {
-            Move.REAP: set(reaped.requeued),
-            Move.BURY: set(reaped.buried),
-            Move.CANCEL: set(reaped.cancelled),
-        }
-
-    @rule(job_id=job_ids)
-    def request_cancel(self, job_id: str) -> None:
-        model = self.models[job_id]
-        if model.state is JobState.QUEUED:
-            model.state = JobState.CANCELLED
-        model.cancel_requested |= model.state in {JobState.RUNNING, JobState.CANCELLED}
-        assert self.store.request_cancel(job_id) is model.state
-
-    @rule(job_id=job_ids)
-    def requeue(self, job_id: str) -> None:
-        model = self.models[job_id]
-        if (Move.REQUEUE, model.state) in MOVES:
-            self.store.requeue(job_id)
-            self.models[job_id] = Model(endings=model.endings)
-        else:
-            with pytest.raises(IllegalMove):
-                self.store.requeue(job_id)
-
-    @rule(limit=st.integers(1, 3))
-    def dispatch(self, limit: int) -> None:
-        queued = sorted(job_id for job_id, m in self.models.items() if m.state is JobState.QUEUED)
-        hints = self.store.due("tiny", limit=limit, stale_s=0)
-        assert [hint.job_id for hint in hints] == queued[:limit]
-
-    @invariant()
-    def rows_are_as_the_model_says(self) -> None:
-        found = self.store.get_many(self.models)
-        results = self.store.results(self.models)
-        assert {
-            job_id: (job.state, job.attempt, job.crash_count, job.lease_id) for job_id, job in found.items()
-        } == {job_id: (m.state, m.attempt, m.crashes, m.lease_id) for job_id, m in self.models.items()}
-        assert set(results) == {j for j, m in self.models.items() if m.state is JobState.SUCCEEDED}
-        assert all((job.finished_at is not None) == (job.state in FINAL_STATES) for job in found.values())
-
-    def teardown(self) -> None:
-        for job_id, model in self.models.items():
-            assert [attempt.outcome for attempt in self.store.attempts(job_id)] == model.endings
-
-
-def test_any_order_of_calls_keeps_the_rules(database_url: str) -> None:
-    store = Store.open(database_url, max_attempts=StoreMachine.max_attempts)
-    machine = type("Machine", (StoreMachine,), {"store": store, "database_url": database_url})
-
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=15,
-            stateful_step_count=25,
-            deadline=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-        ),
-    )
-
     store.close()

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 
 from codeherd_schema.database import Database
 from codeherd_schema.errors import IdempotencyConflict, InvalidRequest
@@ -14,7 +14,7 @@ from codeherd_schema.requests import GenerateRequest, InfillRequest, Request
 from codeherd_schema.states import JobState
 from codeherd_schema.store import Store, Submitted
 from tests import samples
-from tests.samples import a_request
+from tests.samples import a_request, rewrite
 
 
 def test_submitted_job_is_queued_with_everything_it_was_given(store: Store) -> None:
@@ -174,6 +174,39 @@ def test_fifty_racing_submitters_get_one_job(store: Store) -> None:
     assert len({answer.job_id for answer in answers}) == 1
     assert [answer.deduplicated for answer in answers].count(False) == 1
     assert store.count_by_state()[JobState.QUEUED] == 1
+
+
+def test_key_of_a_job_that_is_pruned_meanwhile_gives_a_new_job(postgres_url: str) -> None:
+    # On SQLite nobody writes while a submit does.
+    store = Store.open(postgres_url)
+    [old] = store.submit([a_request(idempotency_key="k")])
+    store.request_cancel(old.job_id)
+    engine = create_engine(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def prune(_1: object, _2: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO jobs"):
+            store.prune(keep_s=-60)
+
+    with engine.begin() as connection:
+        [new] = store.submit([a_request(idempotency_key="k")], connection=connection)
+
+    assert (new.job_id == old.job_id, new.deduplicated) == (False, False)
+    assert list(store.get_many([old.job_id, new.job_id])) == [new.job_id]
+    engine.dispose()
+    store.close()
+
+
+def test_repeated_submit_is_told_of_its_job_even_when_it_is_too_late(store: Store, database_url: str) -> None:
+    [first] = store.submit([a_request(idempotency_key="k")])
+    past = datetime(2001, 1, 1, tzinfo=UTC)
+    late = a_request(expires_at=past, deadline=past, idempotency_key="k")
+    # As if it had been submitted in time.
+    rewrite(database_url, first.job_id, content_sha256=late.content_sha256(), deadline=past.timestamp())
+
+    [second] = store.submit([late])
+
+    assert second == Submitted(first.job_id, deduplicated=True)
 
 
 # Moments.
