@@ -477,7 +477,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(limit=st.integers(1, 3))
     def dispatch(self, limit: int) -> None:
         queued = sorted(job_id for job_id, m in self.models.items() if m.state is JobState.QUEUED)
-        hints = self.store.due("tiny", limit=limit, stale_s=0)
+        hints = self.store.due("tiny", limit=limit)
         assert [hint.job_id for hint in hints] == queued[:limit]
 
     @invariant()
