@@ -4,12 +4,11 @@ Owns: when to look, how many hints to send, what to do while Redis or SQL is awa
 which job is next (`codeherd_schema.hints`) or what becomes of a lost one (`codeherd_schema.janitor`).
 Several may run at once: each change in SQL is one conditional UPDATE, so two of them share the work.
 
-A hint can be lost in four ways, and each has its own remedy:
+A hint can be lost in two ways:
 
-    never sent (broker away, producer died)     sent at the next tick, for it was never marked
-    Redis forgot everything (restart, flush)    a mark in Redis is gone too: all unclaimed hints again
-    taken by a worker that died or refused      the queue is empty: those older than LOST_AFTER_S again
-    none of these                               sent again after `republish_after_s`
+    never sent (broker away, producer died)          sent at the next tick, for it was never marked
+    gone (Redis forgot; taken by a worker that died) more jobs wait for a claim than the queue has messages:
+                                                     Redis is asked which it holds, the others are sent again
 
 A hint too many costs a worker one failed claim.
 """
@@ -31,8 +30,6 @@ from codeherd_schema.store import Store
 
 logger = logging.getLogger(__name__)
 
-#: Seconds from a hint's publication until its job must be claimed if the queue in Redis is empty.
-LOST_AFTER_S = 3.0
 DAY_S = 86_400.0
 #: Longest pause after the broker or the database failed, seconds.
 LONGEST_REST_S = 5.0
@@ -74,8 +71,6 @@ class Dispatcher:
         self._reap_at = float("-inf")
         self._broker_rest = Rest(settings.dispatch_interval_s)
         self._database_rest = Rest(settings.dispatch_interval_s)
-        # Stays true until every queue was served again, even if the broker goes away meanwhile.
-        self._is_forgotten = False
 
     def run(self, stop: threading.Event) -> None:
         """Look again and again until `stop` is set; no failure ends it."""
@@ -143,11 +138,6 @@ class Dispatcher:
         queues = self._store.queues_with_work()
         sent: list[_Sent] = []
         try:
-            # Also while nothing waits: a new Redis gets its mark before the first job, which would
-            # otherwise be published twice.
-            if self._broker.has_forgotten():
-                self._is_forgotten = True
-                logger.info("broker_memory_blank")
             for queue in queues:
                 sent.append(self._fill(queue))
         except BrokerUnavailable as err:
@@ -155,30 +145,30 @@ class Dispatcher:
                 logger.warning("broker_away reason=%s", err)
             self._broker_rest.longer(self._clock())
         else:
-            self._is_forgotten = False
             if self._broker_rest.end():
                 logger.info("broker_back")
         return sum(s.count for s in sent), any(s.is_starved for s in sent)
 
     def _fill(self, queue: str) -> _Sent:
         waiting = self._broker.waiting(queue)
+        self._find_lost(queue, waiting)
         room = self._settings.publish_window - waiting
         if room <= 0:
             return _Sent(0)
-        hints = self._store.due(queue, limit=room, stale_s=self._stale_s(waiting))
+        hints = self._store.due(queue, limit=room)
         self._send(hints)
         if hints:
             again = sum(hint.publish_no > 1 for hint in hints)
             logger.info("hints_published queue=%s count=%d again=%d", queue, len(hints), again)
         return _Sent(len(hints), is_starved=waiting == 0 and len(hints) == room)
 
-    def _stale_s(self, waiting: int) -> float:
-        """Return after how many seconds an unclaimed hint counts as lost."""
-        if self._is_forgotten:
-            return 0.0
-        if waiting == 0:
-            return min(LOST_AFTER_S, self._settings.republish_after_s)
-        return self._settings.republish_after_s
+    def _find_lost(self, queue: str, waiting: int) -> None:
+        older_s = self._settings.republish_after_s
+        if self._store.unclaimed(queue, older_s=older_s) <= waiting:
+            return
+        lost = self._store.owe_again(queue, older_s=older_s, held=self._broker.hinted(queue))
+        if lost:
+            logger.warning("hints_lost queue=%s count=%d", queue, lost)
 
     def _send(self, hints: Sequence[Hint]) -> None:
         try:

@@ -9,6 +9,7 @@ kombu 5.7.0 and redis-server 6.2 and 7.0.
 from __future__ import annotations
 
 import contextlib
+import json
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -37,8 +38,6 @@ CONNECTIONS = 8
 BATCH = 100
 #: Pub/sub channel, after the key prefix, on which workers say that a job has ended.
 DONE_CHANNEL = "done"
-#: Key, after the key prefix, that is there as long as Redis remembers what was published.
-MEMORY_KEY = "memory"
 
 #: What a certificate that is refused may lack.
 _CERTIFICATE_HINT = (
@@ -172,16 +171,20 @@ class Broker:
         with self._connected() as connection:
             return int(connection.default_channel._size(queue))  # noqa: SLF001 -- the transport's own sum over priorities
 
-    def has_forgotten(self) -> bool:
-        """Whether Redis lost its data since this was last asked, by any process; true for a new Redis.
-
-        Asking leaves a mark in Redis, so one loss is told to one asker only.
+    def hinted(self, queue: str) -> frozenset[str]:
+        """Return the ids of the jobs whose messages are in `queue`; reads all of it.
 
         Raises:
             BrokerUnavailable: Redis did not answer in time.
         """
-        with self._connected() as connection, connection.default_channel.conn_or_acquire() as client:
-            return bool(client.execute_command("SET", MEMORY_KEY, "1", "NX"))
+        with self._connected() as connection:
+            channel = connection.default_channel
+            names = [channel._q_for_pri(queue, step) for step in PRIORITY_STEPS]  # noqa: SLF001 -- the transport's own names
+            with channel.conn_or_acquire() as client:
+                # kombu's client puts the prefix before the keys of those commands alone that it uses itself.
+                lists = [client.lrange(f"{self._settings.key_prefix}{name}", 0, -1) for name in names]
+        elements = (element for waiting in lists for element in waiting)
+        return frozenset(job_id for job_id in map(_job_of, elements) if job_id is not None)
 
     def request_cancel(self, job_id: str) -> None:
         """Tell all workers at once; the heartbeat would tell them too, a few seconds later.
@@ -343,6 +346,14 @@ class Endings:
         with contextlib.suppress(RedisError, OSError):
             self._pubsub.close()
         self._connection.release()
+
+
+def _job_of(element: bytes) -> str | None:
+    """Return the id of the job that a raw message names; None if it is no message of ours."""
+    try:
+        return str(json.loads(element)["headers"]["id"]).partition(".")[0]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _root(err: BaseException) -> BaseException:

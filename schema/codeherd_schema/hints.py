@@ -20,7 +20,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     func,
-    or_,
     select,
     union_all,
     update,
@@ -30,6 +29,7 @@ from codeherd_schema.database import Database, now
 from codeherd_schema.lanes import owners_of, shares
 from codeherd_schema.requests import JobKind
 from codeherd_schema.states import JobState, PauseScope
+from codeherd_schema.submissions import IN_LIST
 from codeherd_schema.tables import is_due, jobs, pauses, state_is
 
 
@@ -52,7 +52,7 @@ class Hints:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def due(self, queue: str, *, limit: int, stale_s: float) -> list[Hint]:
+    def due(self, queue: str, *, limit: int) -> list[Hint]:
         """Mark and return the due jobs of `queue` that are owed a hint, the first to run first.
 
         The first priority first; within it every tenant, and every batch of a tenant, in turn.
@@ -60,16 +60,15 @@ class Hints:
         Args:
             queue: whose jobs.
             limit: most hints.
-            stale_s: a job that is still waiting this many seconds after its hint is owed another.
         """
 
         def work(connection: Connection) -> list[Hint]:
-            chosen = self._choose(connection, queue, limit, stale_s)
+            chosen = self._choose(connection, queue, limit)
             return _marked(connection, jobs.c.id.in_(chosen), order=chosen) if chosen else []
 
         return self._database.write(work)
 
-    def _choose(self, connection: Connection, queue: str, limit: int, stale_s: float) -> list[str]:
+    def _choose(self, connection: Connection, queue: str, limit: int) -> list[str]:
         """Return ids of jobs that are owed a hint, first those of the first priority, fairly by lane."""
         chosen: list[str] = []
         held: Counter[str] | None = None
@@ -84,9 +83,9 @@ class Hints:
             waiting = [lane for lane in lanes if not paused & _scopes_of(lane)]
             after: dict[str, str] = {}
             while waiting and len(chosen) < limit:
-                held = _held(connection, queue, stale_s) if held is None else held
+                held = _held(connection, queue) if held is None else held
                 for lane, places in shares(waiting, held, limit - len(chosen)).items():
-                    owed = _owed(connection, is_level, lane, after.get(lane, ""), places, stale_s)
+                    owed = _owed(connection, is_level, lane, after.get(lane, ""), places)
                     chosen += owed
                     held[lane] += len(owed)
                     if owed:
@@ -118,10 +117,43 @@ class Hints:
         if rows:
             self._database.write(lambda connection: connection.execute(statement, rows))
 
+    def unclaimed(self, queue: str, *, older_s: float) -> int:
+        """Count the jobs of `queue` that wait although a hint was sent more than `older_s` seconds ago."""
+        statement = select(func.count()).select_from(jobs).where(_is_unclaimed(queue, older_s))
+        with self._database.read() as connection:
+            return connection.execute(statement).scalar_one()
+
+    def owe_again(self, queue: str, *, older_s: float, held: Collection[str]) -> int:
+        """Owe another hint for the jobs that `unclaimed` counts, except those that the broker holds.
+
+        Args:
+            queue: whose jobs.
+            older_s: as in `unclaimed`.
+            held: ids of jobs whose hints are in the broker.
+
+        Returns:
+            How many hints were lost.
+        """
+
+        def work(connection: Connection) -> int:
+            waiting = connection.scalars(select(jobs.c.id).where(_is_unclaimed(queue, older_s)))
+            lost = sorted(set(waiting) - set(held))
+            for start in range(0, len(lost), IN_LIST):
+                # The condition again: a claim, or another dispatcher's hint, may have come between.
+                named = and_(jobs.c.id.in_(lost[start : start + IN_LIST]), _is_unclaimed(queue, older_s))
+                connection.execute(update(jobs).where(named).values(published_at=None))
+            return len(lost)
+
+        return self._database.write(work)
+
     def queues_with_work(self) -> list[str]:
         """Return the queues that hold queued jobs, due or not."""
         with self._database.read() as connection:
             return [str(queue) for queue in _stepped(connection, jobs.c.queue)]
+
+
+def _is_unclaimed(queue: str, older_s: float) -> ColumnElement[bool]:
+    return and_(state_is(JobState.QUEUED), jobs.c.queue == queue, jobs.c.published_at <= now() - older_s)
 
 
 def _scopes_of(lane: str) -> set[tuple[str, str]]:
@@ -131,7 +163,7 @@ def _scopes_of(lane: str) -> set[tuple[str, str]]:
 
 
 def _owed(
-    connection: Connection, is_level: ColumnElement[bool], lane: str, after: str, limit: int, stale_s: float
+    connection: Connection, is_level: ColumnElement[bool], lane: str, after: str, limit: int
 ) -> list[str]:
     """Return ids of a lane's oldest jobs that are owed a hint, newer than the job `after`."""
     statement = (
@@ -141,7 +173,7 @@ def _owed(
             jobs.c.lane == lane,
             jobs.c.id > after,
             is_due(),
-            or_(jobs.c.published_at.is_(None), jobs.c.published_at <= now() - stale_s),
+            jobs.c.published_at.is_(None),
         )
         .order_by(jobs.c.id)
         .limit(limit)
@@ -150,11 +182,11 @@ def _owed(
     return list(connection.scalars(statement))
 
 
-def _held(connection: Connection, queue: str, stale_s: float) -> Counter[str]:
+def _held(connection: Connection, queue: str) -> Counter[str]:
     """Return how many jobs of each lane run, or are hinted at and about to."""
     running = select(jobs.c.lane).where(state_is(JobState.RUNNING), jobs.c.queue == queue)
     hinted = select(jobs.c.lane).where(
-        state_is(JobState.QUEUED), jobs.c.queue == queue, jobs.c.published_at > now() - stale_s
+        state_is(JobState.QUEUED), jobs.c.queue == queue, jobs.c.published_at.is_not(None)
     )
     return Counter(connection.scalars(union_all(running, hinted)))
 

@@ -230,8 +230,10 @@ class World:
             and not self.is_paused(job)
         )
 
-    def is_fresh(self, job: ModelJob, stale_s: float) -> bool:
-        return job.published_at is not None and job.published_at > self.now - stale_s
+    def is_unclaimed(self, job: ModelJob, older_s: float) -> bool:
+        return (
+            job.state == "queued" and job.published_at is not None and job.published_at <= self.now - older_s
+        )
 
     # Moves.
 
@@ -385,7 +387,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(queue=st.sampled_from(QUEUES), limit=st.integers(1, 4), worker=workers, lease_s=lease_lengths)
     def work_off_hints(self, queue: str, limit: int, worker: str, lease_s: int) -> None:
-        for hint in self._due(queue, limit, stale_s=0):
+        for hint in self._due(queue, limit):
             assert self._claim(hint.job_id, [queue], worker, lease_s)
 
     @rule(queue=st.sampled_from(QUEUES), limit=st.integers(1, 4), max_crashes=st.integers(1, 3))
@@ -511,24 +513,33 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Dispatchers.
 
-    @rule(
-        queue=st.sampled_from(QUEUES),
-        limit=st.integers(1, 5),
-        stale_s=st.sampled_from([0, seconds(0), seconds(1), seconds(50)]),
-    )
-    def dispatch(self, queue: str, limit: int, stale_s: int) -> None:
-        self._due(queue, limit, stale_s)
+    @rule(queue=st.sampled_from(QUEUES), limit=st.integers(1, 5))
+    def dispatch(self, queue: str, limit: int) -> None:
+        self._due(queue, limit)
 
-    def _due(self, queue: str, limit: int, stale_s: int) -> list[Hint]:
+    @rule(queue=st.sampled_from(QUEUES), older_s=st.sampled_from([0, seconds(0), seconds(1)]), nths=some)
+    def lose_hints(self, queue: str, older_s: int, nths: list[int]) -> None:
+        held = {self._id(nth) for nth in nths}
         there = [job for job in self.world.jobs.values() if job.queue == queue]
-        owed = [job for job in there if self.world.is_due(job) and not self.world.is_fresh(job, stale_s)]
+        unclaimed = [job for job in there if self.world.is_unclaimed(job, older_s)]
+        lost = [job for job in unclaimed if job.id not in held]
+
+        assert self.store.unclaimed(queue, older_s=older_s) == len(unclaimed)
+        assert self.store.owe_again(queue, older_s=older_s, held=held) == len(lost)
+
+        for job in lost:
+            job.published_at = None
+
+    def _due(self, queue: str, limit: int) -> list[Hint]:
+        there = [job for job in self.world.jobs.values() if job.queue == queue]
+        owed = [job for job in there if self.world.is_due(job) and job.published_at is None]
         held = Counter(
             job.lane
             for job in there
-            if job.state == "running" or (job.state == "queued" and self.world.is_fresh(job, stale_s))
+            if job.state == "running" or (job.state == "queued" and job.published_at is not None)
         )
 
-        hints = self.store.due(queue, limit=limit, stale_s=stale_s)
+        hints = self.store.due(queue, limit=limit)
 
         chosen = [self.world.jobs[hint.job_id] for hint in hints]
         check_choice(chosen, owed, held, limit)

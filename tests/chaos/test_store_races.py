@@ -289,11 +289,11 @@ def test_racing_dispatchers_and_submitters_hint_at_each_job_once(store: Store) -
         ids = submit(store, 30)
 
         answers = at_once(
-            *[lambda: store.due("tiny", limit=12, stale_s=60)] * 3,
+            *[lambda: store.due("tiny", limit=12)] * 3,
             partial(store.mark_published, ids[:10]),
             partial(store.mark_published, ids[5:20]),
         )
-        answers.append(store.due("tiny", limit=100, stale_s=60))
+        answers.append(store.due("tiny", limit=100))
 
         assert sorted(hint.job_id for hints in answers for hint in hints) == ids
         assert {hint.publish_no for hints in answers for hint in hints} == {1}
@@ -313,7 +313,7 @@ def test_a_pause_that_races_claims_holds_once_it_is_there(store: Store) -> None:
         for job_id in ids:
             assert store.claim(job_id, worker_id="w", lease_s=LONG_S) is None
             assert (get(store, job_id).state is JobState.RUNNING) == (job_id in taken)
-        assert store.due("tiny", limit=9, stale_s=0) == []
+        assert store.due("tiny", limit=9) == []
         store.resume(PauseScope.QUEUE, "tiny")
         for job_id in set(ids) - taken:
             store.cancel_running(claim(store, job_id))
@@ -331,7 +331,7 @@ def test_a_resume_that_races_a_worker_leaves_no_job_without_a_hint(store: Store)
         )
 
         assert resumed
-        owed = [hint.job_id for hint in store.due("tiny", limit=1, stale_s=LONG_S)]
+        owed = [hint.job_id for hint in store.due("tiny", limit=1)]
         assert owed == ([job_id] if claimed is None else [])
         store.request_cancel(job_id)
 
@@ -534,4 +534,4 @@ def act_once(
             except IllegalMove:
                 return
         case _:
-            store.unpublish(store.due("tiny", limit=3, stale_s=0))
+            store.unpublish(store.due("tiny", limit=3))

@@ -173,13 +173,11 @@ def test_check_tells_version_eviction_and_persistence(broker: Broker) -> None:
     assert facts["redis_version"][0].isdigit()
 
 
-def test_a_loss_of_memory_is_told_once(broker: Broker, redis_server: RedisServer) -> None:
-    assert [broker.has_forgotten() for _ in range(3)] == [True, False, False]
+def test_a_queue_tells_whose_hints_it_holds_whatever_their_priority(broker: Broker) -> None:
+    broker.publish([hint(n, priority=n) for n in range(8)])
 
-    with redis.Redis(port=redis_server.port) as client:
-        client.flushall()
-
-    assert [broker.has_forgotten() for _ in range(2)] == [True, False]
+    assert broker.hinted(QUEUE) == {f"job{n}" for n in range(8)}
+    assert broker.hinted("codeherd.other") == frozenset()
 
 
 CALLS: dict[str, Callable[[Broker], object]] = {
@@ -190,7 +188,7 @@ CALLS: dict[str, Callable[[Broker], object]] = {
     "endings": lambda broker: broker.endings().close(),
     "check": lambda broker: broker.check(),
     "workers": lambda broker: broker.workers(0.05),
-    "has_forgotten": lambda broker: broker.has_forgotten(),
+    "hinted": lambda broker: broker.hinted(QUEUE),
 }
 
 

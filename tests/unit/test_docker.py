@@ -442,11 +442,11 @@ def test_redis_serves_its_user_and_nobody_else(tmp_path: Path) -> None:
             wait_until(lambda: answers(broker), "redis")
 
             assert {f.verdict for f in judge_redis(broker.check(), "here")} == {Verdict.OK}
-            assert broker.has_forgotten()
             broker.publish(
                 [Hint(job_id="0190", queue="codeherd.tiny", kind=JobKind.GENERATE, priority=3, publish_no=1)]
             )
             assert broker.waiting("codeherd.tiny") == 1
+            assert broker.hinted("codeherd.tiny") == {"0190"}
             broker.announce("0190")
             broker.request_cancel("0190")
             assert broker.workers(0.1) == {}

@@ -37,11 +37,11 @@ def test_nothing_of_what_is_paused_starts_until_it_is_resumed(
     [later] = submit(store, tenant="team", batch_id="nightly")
     rewrite(database_url, later, run_id="review-7")
 
-    assert store.due("tiny", limit=9, stale_s=0) == []
+    assert store.due("tiny", limit=9) == []
     assert store.mark_published([job_id, later]) == []
     assert not is_claimed(store, job_id)
     assert store.resume(scope, name)
-    assert {hint.job_id for hint in store.due("tiny", limit=9, stale_s=60)} == {job_id, later}
+    assert {hint.job_id for hint in store.due("tiny", limit=9)} == {job_id, later}
     assert is_claimed(store, job_id)
     assert is_claimed(store, later)
 
@@ -86,13 +86,13 @@ def test_a_queued_job_of_what_is_paused_can_be_cancelled(store: Store) -> None:
 
 def test_hints_that_workers_dropped_meanwhile_are_owed_again_at_once(store: Store) -> None:
     [job_id] = submit(store)
-    [first] = store.due("tiny", limit=1, stale_s=60)
+    [first] = store.due("tiny", limit=1)
     store.pause(PauseScope.QUEUE, "tiny")
     assert not is_claimed(store, job_id)
 
     store.resume(PauseScope.QUEUE, "tiny")
 
-    [again] = store.due("tiny", limit=1, stale_s=3600)
+    [again] = store.due("tiny", limit=1)
     assert (again.job_id, again.publish_no) == (first.job_id, 2)
 
 
