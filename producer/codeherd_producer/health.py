@@ -89,7 +89,7 @@ def _examine_broker(
 ) -> Iterator[Finding]:
     broker, look = Broker(settings), RedisLook(settings)
     try:
-        yield from judge_redis(look.facts(), settings.broker.masked())
+        yield from judge_redis(broker.check(), settings.broker.masked())
         tenants = look.tenants()
         if tenants is not None:
             known = None if work is None else _known(settings, tenants)

@@ -104,15 +104,6 @@ class RedisLook:
         self._settings = settings
         self._app = make_app(settings, ())
 
-    def facts(self) -> dict[str, str]:
-        """Return the fields of INFO by name, as text.
-
-        Raises:
-            BrokerUnavailable: Redis did not answer in time.
-        """
-        with self._client() as client:
-            return {str(name): str(value) for name, value in client.info().items()}
-
     def tenants(self) -> Tenants | None:
         """Return who uses the Redis database; None if this user may not look.
 

@@ -27,7 +27,6 @@ from sqlalchemy import (
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.lanes import owners_of, shares
-from codeherd_schema.requests import JobKind
 from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.submissions import IN_LIST
 from codeherd_schema.tables import is_due, jobs, pauses, state_is
@@ -39,7 +38,8 @@ class Hint:
 
     job_id: str
     queue: str
-    kind: JobKind
+    #: A `JobKind`, or one of a newer version.
+    kind: str
     #: 0 runs first, 9 last.
     priority: int
     #: Makes the message's own id: an id once revoked would be refused for ever.
@@ -214,6 +214,6 @@ def _marked(connection: Connection, wanted: ColumnElement[bool], order: Sequence
     places = {job_id: place for place, job_id in enumerate(order)}
     rows = connection.execute(statement).all()
     return [
-        Hint(row.id, row.queue, JobKind(row.kind), row.priority, row.publish_no)
+        Hint(row.id, row.queue, row.kind, row.priority, row.publish_no)
         for row in sorted(rows, key=lambda row: (places.get(row.id, 0), row.priority, row.id))
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from codeherd_schema.requests import JobKind, Request, parse_request
+from codeherd_schema.requests import Request, parse_request
 from codeherd_schema.states import JobState, Move
 
 
@@ -22,7 +22,8 @@ class Job:
 
     id: str
     tenant: str
-    kind: JobKind
+    #: A `JobKind`, or one of a newer version.
+    kind: str
     model: str
     queue: str
     state: JobState
@@ -92,7 +93,7 @@ def job_of(row: Row[Any]) -> Job:
     return Job(
         id=row.id,
         tenant=row.tenant,
-        kind=JobKind(row.kind),
+        kind=row.kind,
         model=row.model,
         queue=row.queue,
         state=JobState(row.state),

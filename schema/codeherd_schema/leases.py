@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Connection, insert, select, true, update
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.jobs import Job, instant, job_of, storable
-from codeherd_schema.requests import SCHEMA_VERSION
+from codeherd_schema.requests import SCHEMA_VERSION, JobKind
 from codeherd_schema.results import Result
 from codeherd_schema.states import FINAL_STATES, JobState, Move, target
 from codeherd_schema.tables import attempts, is_due, jobs, results, state_is
@@ -83,7 +83,9 @@ class Leases:
         lease_id = str(uuid.uuid4())
         statement = (
             update(jobs)
-            .where(jobs.c.id == job_id, is_ours, is_due(), jobs.c.schema_version <= SCHEMA_VERSION)
+            # What a newer version submitted waits for a newer worker.
+            .where(jobs.c.schema_version <= SCHEMA_VERSION, jobs.c.kind.in_([*JobKind]))
+            .where(jobs.c.id == job_id, is_ours, is_due())
             .values(
                 state=target(Move.CLAIM).value,
                 attempt=jobs.c.attempt + 1,

@@ -69,7 +69,7 @@ _COMMANDS_EXCHANGE: Final = "celery.pidbox"
 _EVENTS_EXCHANGE: Final = "celeryev"
 
 
-def task_name(kind: JobKind) -> str:
+def task_name(kind: str) -> str:
     """Return the Celery task of a job kind: one each, so that Flower tells them apart."""
     return f"codeherd.{kind}"
 

@@ -163,16 +163,16 @@ def up(ctx: click.Context, /, workers: int, no_flower: bool, flower_port: int | 
 
 def _check_redis(settings: SharedSettings) -> None:
     """Refuse a Redis that cannot do, warn of one that may lose or delay; one that is away is waited for."""
-    from codeherd_producer.redis_checks import RedisLook
+    from codeherd_schema.broker import Broker
 
-    look = RedisLook(settings)
+    broker = Broker(settings)
     try:
-        facts = look.facts()
+        facts = broker.check()
     except BrokerUnavailable as err:
         logger.warning("broker_away reason=%s", err)
         return
     finally:
-        look.close()
+        broker.close()
     for fault in check_start(facts, settings.broker.masked()):
         logger.warning("redis_doubtful part=%s reason=%s fix=%s", fault.part, fault.message, fault.hint)
 

@@ -35,6 +35,20 @@ def get(store: Store, job_id: str) -> Job:
 # Claim.
 
 
+def test_a_job_of_a_kind_that_nobody_here_knows_waits_and_can_be_looked_at(
+    store: Store, database_url: str
+) -> None:
+    [submitted] = store.submit([a_request()])
+    rewrite(database_url, submitted.job_id, kind="embed")
+
+    assert [hint.kind for hint in store.due("tiny", limit=1)] == ["embed"]
+    assert store.claim(submitted.job_id, worker_id="w", lease_s=60) is None
+    job = store.get(submitted.job_id)
+    assert job is not None
+    assert (job.kind, job.state, job.attempt) == ("embed", JobState.QUEUED, 0)
+    assert store.request_cancel(job.id) is JobState.CANCELLED
+
+
 def test_claim_takes_the_job(store: Store) -> None:
     job_id = submit(store, deadline=timedelta(seconds=50))
 
