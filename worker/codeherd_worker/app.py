@@ -83,8 +83,10 @@ class HerdWorker(Worker):
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         # Plain flags only: a lock taken here may be held by the code that the signal interrupted.
-        if state.should_stop is not None or number == signal.SIGQUIT:
-            self.app.codeherd.hurry = True
+        process = self.app.codeherd
+        # A remote shutdown counts as the first one, but leaves no word in `state`.
+        if state.should_stop is not None or process.draining or number == signal.SIGQUIT:
+            process.hurry = True
         if state.should_stop is None:
             state.should_stop = 0
 

@@ -7,6 +7,9 @@ Nor torch: what generates is handed in (`codeherd_worker.preparation` makes it).
     open:  store -> broker -> generator, ready -> heartbeat, lease guard, rescuer, watchdog
     drain: take no more jobs -> let the running ones finish -> release what is left
     close: watchdog, rescuer, lease guard, heartbeat -> generator -> broker, store
+
+A database that never answers would hold up each of the last steps for ever; then the process ends as it is
+once its leases have run out, since from there on it has nothing to lose.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from typing import Any
 
 from codeherd_schema.broker import Broker, queue_name
 from codeherd_schema.models import ModelTable, ServedModel
+from codeherd_schema.redis_facts import check_start
 from codeherd_schema.store import Store
+from codeherd_schema.transport import refused
 from codeherd_worker.device import Device
 from codeherd_worker.engine.stopping import CancelReason
 from codeherd_worker.generator import Prepare
@@ -43,8 +48,10 @@ DRAIN_CHECK_S = 0.1
 GUARD_INTERVAL_S = 1.0
 #: Seconds between two looks of the watchdog.
 WATCH_INTERVAL_S = 1.0
-#: Exit status after the engine broke: the launcher starts the process anew.
-ENGINE_BROKEN_STATUS = 70
+#: Seconds that closing may take when every lease has run out.
+CLOSE_TIMEOUT_S = 10.0
+#: Exit status after the engine broke, or after a stop that would not end (EX_SOFTWARE of sysexits.h).
+ENGINE_BROKEN_STATUS = STUCK_STATUS = 70
 
 
 class WorkerProcess:
@@ -83,7 +90,7 @@ class WorkerProcess:
         self._device = device
         self._prepare = prepare
         self._open_store = open_store
-        self._drained = threading.Event()
+        self._closing, self._closed = threading.Event(), threading.Event()
         self._stack = contextlib.ExitStack()
 
     def open(self) -> None:
@@ -100,7 +107,7 @@ class WorkerProcess:
         store.check_schema()
         broker = Broker(settings)
         stack.callback(broker.close)
-        _check_broker(broker)
+        _check_broker(broker, settings.broker.masked())
         prepared = self._prepare(settings, self.model, device=self._device, worker_id=self.worker_id)
         stack.callback(prepared.close)
         engine = prepared.generator.engine
@@ -112,6 +119,7 @@ class WorkerProcess:
             running=self.running,
             worker_id=self.worker_id,
             lease_s=settings.lease_s,
+            max_crashes=settings.max_crashes,
         )
         heartbeat = Heartbeat(store, self.running, lease_s=settings.lease_s)
         rescuer = Rescuer(store, max_crashes=settings.max_crashes)
@@ -142,17 +150,30 @@ class WorkerProcess:
 
     def figures(self) -> dict[str, Any]:
         """Return what this process answers to `engine_stats`."""
-        return self._observer.figures() | {"pid": os.getpid(), "draining": self._runner.draining}
+        return self._observer.figures() | {
+            "pid": os.getpid(),
+            "draining": self.draining,
+            "step_timeout_s": self.settings.worker_step_timeout_s,
+            # Messages that were none, by what was wrong with them.
+            "refused": dict(refused()),
+        }
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._runner.draining
 
     def drain(self) -> None:
         """Take no more jobs, and release what still runs when the drain's time is over."""
-        self._runner.draining = True
+        logger.info("draining running=%d", len(self.running.claimed()))
+        self._runner.drain()
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
     def close(self) -> None:
         """Close everything that is open, last opened first."""
-        self._drained.set()
+        self._closing.set()
         self._stack.close()
+        self._closed.set()
 
     def _watch(self, watchdog: Watchdog) -> Callable[[], None]:
         def look() -> None:
@@ -164,14 +185,16 @@ class WorkerProcess:
     def _drain(self) -> None:
         end = time.monotonic() + self.settings.worker_drain_timeout_s
         while not self.hurry and time.monotonic() < end and self.running.claimed():
-            if self._drained.wait(DRAIN_CHECK_S):
-                return
+            if self._closing.wait(DRAIN_CHECK_S):
+                break
         released = self.running.cancel_all(CancelReason.DRAIN)
         logger.info("drained released=%d", released)
+        if not self._closed.wait(self.settings.lease_s + CLOSE_TIMEOUT_S):
+            logger.critical("stop_stuck running=%d", len(self.running.claimed()))
+            os._exit(STUCK_STATUS)
 
     def _engine_broke(self) -> None:
         self.exit_status = ENGINE_BROKEN_STATUS
-        self._runner.draining = True
         os.kill(os.getpid(), 15)
 
 
@@ -180,8 +203,6 @@ def _spread(interval_s: float) -> float:
     return interval_s * uniform(0.5, 1.5)  # noqa: S311 -- no secret
 
 
-def _check_broker(broker: Broker) -> None:
-    facts = broker.check()
-    if facts["maxmemory_policy"].startswith("allkeys"):
-        # No job is lost by it, but every evicted hint waits for the dispatcher to send it again.
-        logger.warning("redis_evicts_hints policy=%s use=noeviction", facts["maxmemory_policy"])
+def _check_broker(broker: Broker, place: str) -> None:
+    for fault in check_start(broker.check(), place):
+        logger.warning("redis_fault part=%s: %s; %s", fault.part, fault.message, fault.hint)

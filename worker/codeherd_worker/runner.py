@@ -20,6 +20,7 @@ from typing import Any
 
 from codeherd_schema.broker import Broker
 from codeherd_schema.errors import BrokerUnavailable, CodeherdError, DatabaseUnavailable, EngineFailed
+from codeherd_schema.queues import queue_name
 from codeherd_schema.requests import Request, Sampling
 from codeherd_schema.results import Candidate, FinishReason, LikelyToken, Result, Timings, TokenLogprob
 from codeherd_schema.store import Claim, Commit, Store
@@ -32,6 +33,7 @@ from codeherd_worker.engine.stopping import CancelReason, Stopper
 from codeherd_worker.engine.vocabulary import Vocabulary
 from codeherd_worker.generator import Generator
 from codeherd_worker.lease import SAFE_SHARE
+from codeherd_worker.quarantine import Quarantine
 from codeherd_worker.running import Run, Running
 from codeherd_worker.summary import job_summary, no_result
 
@@ -67,18 +69,38 @@ class Runner:
         running: Running,
         worker_id: str,
         lease_s: float,
+        max_crashes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Wire the parts together; nothing starts."""
+        """Wire the parts together; nothing starts.
+
+        Args:
+            store: where jobs are.
+            broker: hears of every end.
+            generator: makes the text.
+            running: the busy threads; the caller's is one of them.
+            worker_id: kept in each attempt.
+            lease_s: how long a claim lasts without a heartbeat, seconds.
+            max_crashes: lost workers after which a job is buried.
+            clock: monotonic seconds.
+        """
         self._store = store
         self._broker = broker
         self._generator = generator
         self._running = running
         self._worker_id = worker_id
+        self._queues = (queue_name(generator.model.name),)
         self._lease_s = lease_s
+        self._max_crashes = max_crashes
         self._clock = clock
         self._pause = threading.Event()
+        self._quarantine = Quarantine()
         self.draining = False
+
+    def drain(self) -> None:
+        """Claim no more jobs."""
+        self.draining = True
+        self._quarantine.close()
 
     def run(self, job_id: str) -> dict[str, Any]:
         """Run the job if it can be claimed, and say what happened in a few words.
@@ -88,23 +110,44 @@ class Runner:
             OperatorStopped: the job was terminated from outside; already stored.
             DatabaseUnavailable: the claim could not be made; the job stays queued.
         """
-        if self.draining:
-            return no_result("draining")
         run = self._running.current()
+        with self._quarantine.beside_others() as may:
+            if not may or self._generator.engine.broken:
+                # Left to other workers: an engine that refuses everything would burn an attempt of each.
+                return no_result("draining")
+            claim = self._claim(run, job_id)
+            if claim is None:
+                return no_result("not claimable")
+            if not is_last_chance(claim, max_crashes=self._max_crashes):
+                return self._attempt(run, claim)
+            self._set_apart(run, claim)
+        with self._quarantine.alone() as may:
+            claim = self._claim(run, job_id) if may else None
+            return no_result("not claimable") if claim is None else self._attempt(run, claim)
+
+    def _claim(self, run: Run, job_id: str) -> Claim | None:
         asked_at = self._clock()
-        claim = self._store.claim(job_id, worker_id=self._worker_id, lease_s=self._lease_s)
+        # A forged hint may name a job of another model.
+        claim = self._store.claim(
+            job_id, worker_id=self._worker_id, lease_s=self._lease_s, queues=self._queues
+        )
         if claim is None:
             logger.debug("hint_dropped job_id=%s", job_id)
-            return no_result("not claimable")
+            return None
         run.safe_until = asked_at + self._lease_s * SAFE_SHARE
         run.claim = claim
         logger.info(
             "job_claimed job_id=%s kind=%s attempt=%d queue_wait_s=%.3f",
             job_id, claim.job.kind, claim.attempt, claim.queue_s,
         )  # fmt: skip
-        return self._attempt(run, claim, asked_at)
+        return claim
 
-    def _attempt(self, run: Run, claim: Claim, claimed_at: float) -> dict[str, Any]:
+    def _set_apart(self, run: Run, claim: Claim) -> None:
+        # Back in the queue while it waits for its turn: what happens here meanwhile is not its fault.
+        self._commit(run, claim, lambda: self._store.release(claim), "set apart")
+
+    def _attempt(self, run: Run, claim: Claim) -> dict[str, Any]:
+        claimed_at = self._clock()
         try:
             request = claim.job.request
             prompt = build_prompt(request, self._generator.vocabulary, self._generator.model)
@@ -267,6 +310,12 @@ class Runner:
         with contextlib.suppress(BrokerUnavailable):
             self._broker.announce(claim.job.id)
         return commit
+
+
+def is_last_chance(claim: Claim, *, max_crashes: int) -> bool:
+    """Whether this job has lost a worker before, and would be buried if it lost this one too."""
+    crashes, job = claim.job.crash_count, claim.job
+    return crashes > 0 and (crashes + 1 >= max_crashes or claim.attempt >= job.max_attempts)
 
 
 def candidate_seeds(sampling: Sampling, job_id: str) -> tuple[int, ...]:

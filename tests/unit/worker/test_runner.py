@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from codeherd_schema.broker import Broker
+from codeherd_schema.broker import Broker, queue_name
 from codeherd_schema.database import Database
 from codeherd_schema.errors import DatabaseUnavailable, OutOfMemory
 from codeherd_schema.models import TINY
@@ -30,6 +30,7 @@ from codeherd_worker.runner import (
     Runner,
     backoff_s,
     candidate_seeds,
+    is_last_chance,
     told_logprobs,
 )
 from codeherd_worker.running import Running
@@ -38,6 +39,7 @@ from tests.unit.worker.engine.small_vocabularies import model_bytes
 from tests.unit.worker.engine.tiny_llama import tiny_llama
 
 MAX_LEN = 1024
+MAX_CRASHES = 3
 LONG = Sampling(max_new_tokens=900, stop=("\0never",))
 
 
@@ -70,7 +72,7 @@ class Bench:
     error: BaseException | None = None
 
     def submit(self, request: Request) -> str:
-        return self.store.submit([request])[0].job_id
+        return self.store.submit([request], queue_of=lambda one: queue_name(one.model))[0].job_id
 
     def start(self, job_id: str) -> threading.Thread:
         def work() -> None:
@@ -102,7 +104,13 @@ def bench(store: Store, broker_url: str, generator: Generator) -> Iterator[Bench
     broker = Broker(SharedSettings(broker_url=Url(broker_url)))
     running = Running()
     runner = Runner(
-        store=store, broker=broker, generator=generator, running=running, worker_id="w@here", lease_s=30.0
+        store=store,
+        broker=broker,
+        generator=generator,
+        running=running,
+        worker_id="w@here",
+        lease_s=30.0,
+        max_crashes=MAX_CRASHES,
     )
     yield Bench(store, running, runner)
     broker.close()
@@ -184,7 +192,7 @@ def test_a_hint_whose_job_is_gone_is_dropped(bench: Bench) -> None:
 
 
 def test_a_draining_worker_leaves_the_job_queued(bench: Bench) -> None:
-    bench.runner.draining = True
+    bench.runner.drain()
 
     job = bench.run(GenerateRequest(prompt="x"))
 
@@ -258,6 +266,8 @@ def test_a_deadline_stops_the_engine_by_itself(bench: Bench) -> None:
 class Poor:
     """An engine whose device is full."""
 
+    broken = False
+
     def submit(self, request: object) -> object:
         raise OutOfMemory("no room")
 
@@ -270,6 +280,105 @@ def test_an_error_that_may_pass_is_tried_again_later(bench: Bench, generator: Ge
     assert (job.state, job.attempt, job.error_code) == (JobState.QUEUED, 1, "out_of_memory")
     assert job.run_at > job.created_at, "without a pause the next attempt meets the same full device"
     assert isinstance(bench.error, JobEnded)
+
+
+class Broken:
+    """An engine that refuses everything."""
+
+    broken = True
+
+
+def test_a_broken_engine_burns_no_attempt(bench: Bench, generator: Generator) -> None:
+    bench.runner._generator = replace(generator, engine=Broken())  # type: ignore[arg-type]
+
+    job = bench.run(GenerateRequest(prompt="x"))
+
+    assert (job.state, job.attempt) == (JobState.QUEUED, 0)
+
+
+def crashed(bench: Bench, request: Request, *, times: int) -> str:
+    """Submit a job and have it lose this many workers."""
+    job_id = bench.submit(request)
+    for _ in range(times):
+        assert bench.store.claim(job_id, worker_id="lost", lease_s=-1.0) is not None
+        bench.store.reap(max_crashes=MAX_CRASHES)
+    return job_id
+
+
+def test_a_job_that_one_more_crash_would_bury_runs_alone(bench: Bench) -> None:
+    suspect = crashed(bench, GenerateRequest(prompt="x", sampling=Sampling(max_new_tokens=2)), times=2)
+    neighbour = bench.submit(GenerateRequest(prompt="def f(", sampling=LONG))
+    late = bench.submit(GenerateRequest(prompt="x", sampling=Sampling(max_new_tokens=2)))
+
+    first = bench.start(neighbour)
+    wait_until(lambda: bench.job(neighbour).state is JobState.RUNNING, "the neighbour's claim")
+    second = bench.start(suspect)
+    wait_until(lambda: bench.runner._quarantine._waiting_to_be_alone == 1, "it to be set apart")
+    third = bench.start(late)
+    set_apart, waiting = bench.job(suspect), bench.job(late)
+    bench.running.cancel_job(neighbour, CancelReason.USER)
+    for thread in (first, second, third):
+        thread.join(60)
+
+    assert (set_apart.state, set_apart.attempt, waiting.state) == (JobState.QUEUED, 2, JobState.QUEUED)
+    assert [a.outcome for a in bench.store.attempts(suspect)] == ["reap", "reap", "release", "succeed"]
+    assert bench.job(late).state is JobState.SUCCEEDED
+    [done], [after] = bench.store.attempts(suspect)[-1:], bench.store.attempts(late)
+    assert bench.store.attempts(neighbour)[0].ended_at <= done.started_at
+    assert done.ended_at <= after.started_at
+
+
+def test_a_job_that_lost_fewer_workers_runs_beside_others(bench: Bench) -> None:
+    suspect = crashed(bench, GenerateRequest(prompt="x", sampling=Sampling(max_new_tokens=2)), times=1)
+    neighbour = bench.submit(GenerateRequest(prompt="def f(", sampling=LONG))
+
+    first = bench.start(neighbour)
+    wait_until(lambda: bench.job(neighbour).state is JobState.RUNNING, "the neighbour's claim")
+    bench.start(suspect).join(60)
+
+    assert bench.job(suspect).state is JobState.SUCCEEDED
+    assert bench.job(neighbour).state is JobState.RUNNING
+    bench.running.cancel_job(neighbour, CancelReason.USER)
+    first.join(60)
+
+
+def test_a_drain_sends_away_what_waits_to_run_alone(bench: Bench) -> None:
+    suspect = crashed(bench, GenerateRequest(prompt="x"), times=2)
+    neighbour = bench.submit(GenerateRequest(prompt="def f(", sampling=LONG))
+    first = bench.start(neighbour)
+    wait_until(lambda: bench.job(neighbour).state is JobState.RUNNING, "the neighbour's claim")
+    second = bench.start(suspect)
+    wait_until(lambda: len(bench.store.attempts(suspect)) == 3, "it to be set apart")
+
+    bench.runner.drain()
+    second.join(60)
+
+    assert (bench.job(suspect).state, bench.job(suspect).crash_count) == (JobState.QUEUED, 2)
+    bench.running.cancel_job(neighbour, CancelReason.USER)
+    first.join(60)
+
+
+@pytest.mark.parametrize(
+    ("crashes", "attempt", "max_crashes", "expected"),
+    [
+        (0, 1, 1, False),
+        (0, 5, 3, False),
+        (1, 2, 2, True),
+        (1, 2, 3, False),
+        (2, 3, 3, True),
+        (1, 5, 3, True),
+    ],
+)
+def test_only_a_job_that_lost_a_worker_can_be_on_its_last_chance(
+    store: Store, crashes: int, attempt: int, max_crashes: int, expected: bool
+) -> None:
+    [submitted] = store.submit([GenerateRequest(prompt="x")])
+    claim = store.claim(submitted.job_id, worker_id="w", lease_s=30.0)
+    assert claim is not None
+
+    claim = replace(claim, attempt=attempt, job=replace(claim.job, crash_count=crashes, max_attempts=5))
+
+    assert is_last_chance(claim, max_crashes=max_crashes) is expected
 
 
 def test_an_unexpected_error_costs_one_attempt_and_no_thread(bench: Bench, generator: Generator) -> None:
@@ -310,6 +419,14 @@ def test_a_payload_of_a_later_version_waits_for_a_later_worker(bench: Bench, dat
 
     assert bench.job(job_id).state is JobState.QUEUED
     assert bench.answer == {"outcome": "not claimable"}
+
+
+def test_a_job_of_another_model_is_not_run_whatever_the_hint_says(bench: Bench) -> None:
+    [other] = bench.store.submit([GenerateRequest(prompt="x")], queue_of=lambda _: queue_name("other"))
+
+    bench.start(other.job_id).join(30)
+
+    assert (bench.job(other.job_id).state, bench.answer) == (JobState.QUEUED, {"outcome": "not claimable"})
 
 
 def test_seeds_differ_by_candidate_and_do_not_depend_on_the_attempt() -> None:
