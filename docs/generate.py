@@ -225,6 +225,7 @@ none is renamed or removed.
 | `prompt` | `{{"schema", "model", "kind", "prompt_tokens", "token_ids", "pieces", "text", …}}` |
 | `models` | `{{"schema", "models": [model]}}` |
 | `doctor` | `{{"schema", "findings": [{{"part", "verdict", "message", "hint"}}]}}` |
+| `health` | `{{"schema", "service", "aspect", "ok", "faults", "facts"}}` |
 | `config show` | `{{"schema", "settings": {{name: {{"value", "origin"}}}}}}` |
 | `db` | `{{"schema", "database", "revision"}}` |
 | any, on failure | `{{"schema", "error": {{"code", "message", "hint"}}}}` |
