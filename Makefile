@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit docs bench up clean
+.PHONY: help setup demo test check unit chaos docs bench bench-control bench-scale up clean
 
 help: ## print this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
 setup: $(INSTALLED) ## create the environment in .venv
 
@@ -36,6 +36,9 @@ unit: $(INSTALLED) ## all tests with coverage
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+chaos: $(INSTALLED) ## all chaos tests, with storms of 2,000 jobs; CHAOS_SEED=n replays one
+	CHAOS_JOBS=$${CHAOS_JOBS:-2000} $(BIN)/python -m pytest -s tests/chaos
+
 docs: $(INSTALLED) ## write the generated parts of docs/ anew
 	$(BIN)/python docs/generate.py
 
@@ -46,6 +49,16 @@ bench: $(VENV)/.installed-bench ## measure against peers; writes benchmarks/resu
 $(VENV)/.installed-bench: $(INSTALLED)
 	CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
+
+bench-control: $(VENV)/.installed-bench-control ## measure the queue against peers; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.control.run --write
+
+$(VENV)/.installed-bench-control: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench-control,dev]'
+	@touch $@
+
+bench-scale: $(INSTALLED) ## measure how far the service scales; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.scale --write
 
 up: $(INSTALLED) ## start the embedded stack in this terminal
 	$(BIN)/codeherd up

@@ -8,9 +8,10 @@ The first line of a prompt may be an order, which the engine sees as ordinary to
 
     #! hold PATH          no token comes while the file PATH exists
     #! steps N            a token comes only with every Nth step
-    #! kill               the process is killed, as by a power cut
+    #! kill [PATH]        the process is killed, as by a power cut; with a PATH while that file exists
     #! hang               the engine's thread never comes back
-    #! raise NAME         the sequence fails with this exception, built in or of `codeherd_schema.errors`
+    #! raise NAME         the sequence fails with this exception: built in, of `codeherd_schema.errors`, or
+                          `Unspeakable`
     #! break              the engine refuses this and all further work
 """
 
@@ -178,8 +179,9 @@ class NullEngine:
                 return not Path(path).exists()
             case "steps", count:
                 return sequence.steps % int(count) == 0
-            case "kill", _:
-                os.kill(os.getpid(), signal.SIGKILL)
+            case "kill", path:
+                if not path or Path(path).exists():
+                    os.kill(os.getpid(), signal.SIGKILL)
             case "hang", _:
                 threading.Event().wait()
             case "raise", name:
@@ -224,6 +226,15 @@ class NullEngine:
         )
 
 
+class Unspeakable(Exception):
+    """Has nothing to say, and breaks whoever asks."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("unspeakable")
+
+    __repr__ = __str__
+
+
 class NullObserver:
     """Tells of a null engine what telemetry tells of a real one, as far as it has it."""
 
@@ -255,6 +266,6 @@ def prepare_null(
 def _error(name: str) -> BaseException:
     if name == "CancelledError":
         return CancelledError()
-    kind = getattr(errors, name, None) or getattr(builtins, name)
+    kind = Unspeakable if name == "Unspeakable" else getattr(errors, name, None) or getattr(builtins, name)
     error: BaseException = kind("asked for by the prompt")
     return error

@@ -14,6 +14,7 @@ A failpoint is a file named ACTION-WHEN-METHOD, such as `kill-after-succeed`. AC
     kill    the process is killed; once
     stop    the process is stopped (SIGSTOP) and goes on when it is continued; once
     lost    DatabaseUnavailable; once. With `after`: the call took effect, its answer got lost
+    raise   the built-in exception that the file names; once
     away    DatabaseUnavailable as long as the file exists
 
 WHEN is `before` or `after`, METHOD one of the methods of `FaultyStore`. What is to happen once removes its
@@ -22,6 +23,7 @@ file first, so of several processes one is hit.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import os
 import signal
@@ -104,11 +106,15 @@ def _fail(when: str, method: str) -> None:
     folder = Path(os.environ[FAILPOINTS])
     if (folder / f"away-{when}-{method}").exists():
         raise DatabaseUnavailable(f"away {when} {method}")
-    for action in ("kill", "stop", "lost"):
+    for action in ("kill", "stop", "lost", "raise"):
+        path = folder / f"{action}-{when}-{method}"
         try:
-            (folder / f"{action}-{when}-{method}").unlink()
+            text = path.read_text()
+            path.unlink()
         except FileNotFoundError:
             continue
+        if action == "raise":
+            raise getattr(builtins, text)
         if action == "lost":
             raise DatabaseUnavailable(f"lost {when} {method}")
         os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)

@@ -285,6 +285,31 @@ class PostgresServer(Server):
         except psycopg.OperationalError:
             return False
 
+    def crash(self) -> None:
+        """End the server at once and cut every connection: `pg_ctl stop -m immediate`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(PATIENCE_S)
+        self._process = None
+
+    def freeze(self) -> None:
+        """Stop the server and all its backends: connections stay open, nothing answers."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on."""
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        # The postmaster first: from then on there are no more backends.
+        os.kill(self._process.pid, number)
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
+        for pid in map(int, children.split()):
+            # A backend whose client has gone ends by itself.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def create_database(self, *, template: str = "template1") -> str:
         """Create a database and return its name."""
         name = f"test_{uuid.uuid4().hex}"

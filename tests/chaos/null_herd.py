@@ -20,6 +20,7 @@ from typing import Any, Self
 from codeherd_producer.client import Client
 from codeherd_schema.broker import Broker
 from codeherd_schema.errors import BrokerUnavailable
+from codeherd_schema.requests import GenerateRequest
 from codeherd_schema.settings import SharedSettings, load
 from codeherd_schema.states import FINAL_STATES, JobState
 from codeherd_schema.store import Store
@@ -83,6 +84,7 @@ class NullHerd:
         self.environment = clean | mine
         shared = {k: v for k, v in mine.items() if not k.startswith("CODEHERD_WORKER_")}
         self.settings = load(SharedSettings, environment=shared).settings
+        self._slots = slots
         self._workers, self._dispatchers = tuple(workers), tuple(dispatchers)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._starts: dict[str, int] = {}
@@ -111,13 +113,38 @@ class NullHerd:
             self.kill(name)
         self._stack.close()
 
-    def start_worker(self, name: str) -> None:
-        """Start a launcher with one worker process; does not wait for it."""
-        self._start(name, [sys.executable, "-m", "tests.null_worker", "--gpus", "cpu", "--name", name])
+    def start_worker(self, name: str, **variables: str) -> None:
+        """Start a launcher with one worker process; does not wait for it.
+
+        Args:
+            name: before the `@`.
+            variables: further settings of this start alone, `CODEHERD_*`.
+        """
+        command = [sys.executable, "-m", "tests.null_worker", "--gpus", "cpu", "--name", name]
+        self._start(name, command, variables)
 
     def start_dispatcher(self, name: str) -> None:
         """Start a dispatcher; does not wait for it."""
         self._start(name, [sys.executable, "-m", "codeherd_producer.cli", "dispatcher"])
+
+    def mend(self) -> None:
+        """Undo what a test has done: no holds, no failpoints, all workers up and every job ended."""
+        for path in (*self.folder.glob("hold*"), *self.failpoints.iterdir()):
+            path.unlink()
+        for name in self._workers:
+            if name in self._processes and self._log(name, self._starts[name] - 1).count("worker_died") > 1:
+                self.kill(name)
+            if name not in self._processes:
+                self.start_worker(name)
+            else:
+                self.thaw(name)
+        self.wait_ready(self._workers)
+        running = [
+            job.id for state in (JobState.QUEUED, JobState.RUNNING) for job in self.store.list(state=state)
+        ]
+        for job_id in running:
+            self.client.cancel(job_id)
+        self.wait_state(running, *FINAL_STATES)
 
     def wait_ready(self, workers: Iterable[str]) -> None:
         """Return when all of these answer to remote control, which they do once they take jobs."""
@@ -143,6 +170,22 @@ class NullHerd:
     def launcher_pid(self, name: str) -> int:
         """Return the process id of what was started under this name."""
         return self._processes[name].pid
+
+    def worker_of(self, job_id: str) -> str:
+        """Return the name of the worker that holds a job, or held it last."""
+        job = self.store.get(job_id)
+        assert job is not None
+        return (job.worker_id or "").partition("@")[0]
+
+    def outcomes(self, job_id: str) -> list[str]:
+        """Return how each attempt at a job has ended, the first first."""
+        return [attempt.outcome for attempt in self.store.attempts(job_id)]
+
+    def strays(self) -> list[int]:
+        """Return the processes of this herd that are neither started here nor children of those."""
+        mine = {process.pid for process in self._processes.values()}
+        mine |= {child for pid in mine for child in children(pid)}
+        return [pid for pid in _processes_with(f"{FAILPOINTS}={self.failpoints}") if pid not in mine]
 
     def kill(self, name: str) -> None:
         """Kill all processes of this name, as a power cut would."""
@@ -178,12 +221,17 @@ class NullHerd:
         """Wait until the process of this name has ended by itself; return its exit status."""
         return self._processes.pop(name).wait(timeout_s)
 
+    def has_ended(self, name: str) -> bool:
+        """Return whether what was started under this name has ended by itself."""
+        return self._processes[name].poll() is not None
+
     def log(self, name: str) -> str:
         """Return what the processes of this name have said since they were first started."""
-        return "".join(
-            (self.folder / f"{name}.{start}.log").read_text(errors="replace")
-            for start in range(self._starts.get(name, 0))
-        )
+        return "".join(self._log(name, start) for start in range(self._starts.get(name, 0)))
+
+    def last_log(self, name: str) -> str:
+        """Return what was said since the last start, or since a worker of that start was last ready."""
+        return self._log(name, self._starts[name] - 1).rpartition("worker_ready")[2]
 
     def hold(self, name: str = "hold") -> Path:
         """Make a file that holds the jobs whose prompts are `held(path)`; delete it to let them go on."""
@@ -191,10 +239,10 @@ class NullHerd:
         path.touch()
         return path
 
-    def failpoint(self, name: str) -> Path:
+    def failpoint(self, name: str, text: str = "") -> Path:
         """Make a failpoint; what is to happen once removes it as it happens."""
         path = self.failpoints / name
-        path.touch()
+        path.write_text(text)
         return path
 
     def wait_state(self, job_ids: Iterable[str], *states: JobState) -> None:
@@ -205,6 +253,18 @@ class NullHerd:
             f"{len(wanted)} jobs to be {' or '.join(states)}",
             timeout_s=JOBS_TIMEOUT_S,
         )
+
+    def prove_each_consumes(self, names: Collection[str]) -> list[str]:
+        """Fill every slot of these workers, which must be all and idle; return the jobs that did, ended."""
+        hold = self.hold("every-slot")
+        count = self._slots * len(names)
+        jobs = self.client.submit_many(GenerateRequest(prompt=held(hold, f"{n}")) for n in range(count))
+        ids = [job.id for job in jobs]
+        # No worker has more slots, so as many run on each.
+        self.wait_state(ids, JobState.RUNNING)
+        hold.unlink()
+        self.wait_state(ids, JobState.SUCCEEDED)
+        return ids
 
     def check(self, job_ids: Collection[str]) -> None:
         """Assert what holds of every job, whatever happened to it."""
@@ -220,12 +280,21 @@ class NullHerd:
                 assert (results[job_id].attempt, ended_well[0].attempt) == (row.attempt, row.attempt)
                 assert history[-1] == ended_well[0], "something ended after the success"
 
-    def _start(self, name: str, command: list[str]) -> None:
+    def _log(self, name: str, start: int) -> str:
+        return (self.folder / f"{name}.{start}.log").read_text(errors="replace")
+
+    def _start(
+        self, name: str, command: list[str], variables: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         assert name not in self._processes, f"{name} runs already"
         count = self._starts.get(name, 0)
         with (self.folder / f"{name}.{count}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env={**self.environment, **variables},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._starts[name] = count + 1
 
@@ -235,6 +304,12 @@ def held(path: Path, text: str = "") -> str:
     return f"#! hold {path}\n{text}"
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still (SIGSTOP)."""
+    # The name before the state may hold spaces and brackets.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+
 def children(pid: int) -> list[int]:
     """Return the process ids of a process's children."""
     try:
@@ -242,3 +317,16 @@ def children(pid: int) -> list[int]:
     except FileNotFoundError:
         return []
     return [int(word) for word in text.split()]
+
+
+def _processes_with(variable: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # Empty for one that has ended and waits to be noticed.
+            environment = (folder / "environ").read_bytes()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if variable.encode() in environment.split(b"\0"):
+            found.append(int(folder.name))
+    return found
