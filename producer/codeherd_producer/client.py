@@ -135,7 +135,9 @@ class Client:
         self._models = ModelTable.from_file(settings.models_file)
         self._counter = PromptCounter(clock=clock)
         self._courier = _broker_courier(settings, clock) if publish else Courier()
-        self._store = store.Store.open(settings.database, max_attempts=settings.max_attempts)
+        self._store = store.Store.open(
+            settings.database, max_attempts=settings.max_attempts, **settings.database_options
+        )
 
     def __enter__(self) -> Self:
         return self

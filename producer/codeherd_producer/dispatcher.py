@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from codeherd_schema.broker import Broker
 from codeherd_schema.errors import BrokerUnavailable, CodeherdError
 from codeherd_schema.hints import Hint
+from codeherd_schema.janitor import PRUNE_LIMIT
 from codeherd_schema.settings import SharedSettings
 from codeherd_schema.store import Store
 
@@ -33,8 +34,12 @@ logger = logging.getLogger(__name__)
 DAY_S = 86_400.0
 #: Longest pause after the broker or the database failed, seconds.
 LONGEST_REST_S = 5.0
-#: Pause after a tick that found an empty queue and filled it to the brim, seconds.
+#: Share of the window that workers took since the last look, from which on to look again soon.
+STARVED_SHARE = 0.5
+#: Pause before that look, seconds.
 STARVED_PAUSE_S = 0.05
+#: Deletions in one look, each of `PRUNE_LIMIT` jobs, so that jobs cannot grow old faster than they go.
+PRUNES_PER_LOOK = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ class Tick:
     buried: int = 0
     expired: int = 0
     pruned: int = 0
-    #: A queue was empty and got as many hints as it may: look again soon.
+    #: A queue was nearly empty and got as many hints as it may: look again soon.
     is_starved: bool = False
 
 
@@ -127,7 +132,12 @@ class Dispatcher:
     def _prune(self) -> int:
         if not self._settings.retention_days:
             return 0
-        pruned = self._store.prune(keep_s=self._settings.retention_days * DAY_S)
+        pruned = 0
+        for _ in range(PRUNES_PER_LOOK):
+            count = self._store.prune(keep_s=self._settings.retention_days * DAY_S)
+            pruned += count
+            if count < PRUNE_LIMIT:
+                break
         if pruned:
             logger.info("jobs_pruned count=%d", pruned)
         return pruned
@@ -160,7 +170,8 @@ class Dispatcher:
         if hints:
             again = sum(hint.publish_no > 1 for hint in hints)
             logger.info("hints_published queue=%s count=%d again=%d", queue, len(hints), again)
-        return _Sent(len(hints), is_starved=waiting == 0 and len(hints) == room)
+        is_drained = len(hints) >= STARVED_SHARE * self._settings.publish_window
+        return _Sent(len(hints), is_starved=is_drained and len(hints) == room)
 
     def _find_lost(self, queue: str, waiting: int) -> None:
         older_s = self._settings.republish_after_s

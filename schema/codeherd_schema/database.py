@@ -119,13 +119,14 @@ class Database:
         self._readers = engine.execution_options(**{_READER: True})
 
     @classmethod
-    def open(cls, url: str, *, pool_size: int = 8, timeout_s: float = 30.0) -> Self:
+    def open(cls, url: str, *, pool_size: int = 8, timeout_s: float = 30.0, pooled: bool = False) -> Self:
         """Make the pool; nothing connects before the first transaction.
 
         Args:
             url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user:pw@host/name`.
             pool_size: most connections at a time.
             timeout_s: longest wait for a lock, a free connection or one PostgreSQL statement, seconds.
+            pooled: a pooler in transaction mode is between: PostgreSQL's own limits are the role's.
 
         Raises:
             InvalidSetting: the URL is none of these.
@@ -133,7 +134,7 @@ class Database:
         parsed = _parse(url)
         if parsed.get_backend_name() == "sqlite":
             return cls(_sqlite_engine(parsed, pool_size, timeout_s))
-        return cls(_postgresql_engine(parsed, pool_size, timeout_s))
+        return cls(_postgresql_engine(parsed, pool_size, timeout_s, pooled=pooled))
 
     @property
     def dialect(self) -> str:
@@ -291,17 +292,20 @@ def _sqlite_engine(url: URL, pool_size: int, timeout_s: float) -> Engine:
     return engine
 
 
-def _postgresql_engine(url: URL, pool_size: int, timeout_s: float) -> Engine:
+def _postgresql_engine(url: URL, pool_size: int, timeout_s: float, *, pooled: bool) -> Engine:
     timeout_ms = round(timeout_s * 1000)
     options = f"-c statement_timeout={timeout_ms} -c lock_timeout={timeout_ms} " + str(
         url.query.get("options", "")
     )
+    # A pooler gives each transaction another connection: neither options nor prepared statements are there
+    # in the next (tried with pgbouncer 1.18, which refuses the first and breaks on the second).
+    kept: dict[str, Any] = {"prepare_threshold": None} if pooled else {"options": options.strip()}
     return create_engine(
         url,
         connect_args={
             "application_name": "codeherd",
             "connect_timeout": CONNECT_TIMEOUT_S,
-            "options": options.strip(),
+            **kept,
             # A server that vanished without a word is noticed within 30 s.
             "keepalives_idle": 10,
             "keepalives_interval": 5,

@@ -20,8 +20,8 @@ from codeherd_schema.database import Database, now
 from codeherd_schema.jobs import Job, instant, job_of, storable
 from codeherd_schema.requests import SCHEMA_VERSION, JobKind
 from codeherd_schema.results import Result
-from codeherd_schema.states import FINAL_STATES, JobState, Move, target
-from codeherd_schema.tables import attempts, is_due, jobs, results, state_is
+from codeherd_schema.states import FINAL_STATES, Move, target
+from codeherd_schema.tables import attempts, is_due, jobs, results
 
 #: Characters of an error message that are kept.
 MAX_MESSAGE: Final = 2_000
@@ -122,8 +122,9 @@ class Leases:
             .where(
                 # A lease id is never given twice, so the pairs need not be compared as pairs.
                 jobs.c.id.in_([claim.job.id for claim in claims]),
+                # And only a running job has one (`ck_jobs_lease`): were the state named here, PostgreSQL with
+                # old statistics would read all running jobs instead of these.
                 jobs.c.lease_id.in_([claim.lease_id for claim in claims]),
-                state_is(JobState.RUNNING),
             )
             .values(lease_until=now() + lease_s)
             .returning(
@@ -240,9 +241,9 @@ def end_attempt(
         update(jobs)
         .where(
             jobs.c.id == job_id,
+            # Only a running job has a lease.
             jobs.c.lease_id == lease_id,
             jobs.c.attempt == attempt,
-            state_is(JobState.RUNNING),
             *conditions,
         )
         .values(

@@ -87,6 +87,11 @@ class SharedSettings(Frozen):
     data_dir: Path = Field(default_factory=default_data_dir)
     #: `sqlite:///FILE` or `postgresql+psycopg://…`; empty is a SQLite file in `data_dir`.
     database_url: Url | None = None
+    #: Most connections to the database that one process keeps.
+    database_connections: int = Field(default=8, ge=2, le=200)
+    #: A pooler in transaction mode (pgbouncer) stands before PostgreSQL: nothing is kept in a connection, and
+    #: statements have the time limits of the role.
+    database_pooler: bool = False
     #: `redis://`, `rediss://`, `redis+socket://` or `sentinel://`; empty is the embedded Redis.
     broker_url: Url | None = None
     #: Sentinel's name for the Redis master.
@@ -138,6 +143,11 @@ class SharedSettings(Frozen):
     def database(self) -> Url:
         """The database in force."""
         return self.database_url or Url(f"sqlite:///{self.data_dir / 'codeherd.db'}")
+
+    @property
+    def database_options(self) -> dict[str, Any]:
+        """How the database is opened: arguments of `Store.open`."""
+        return {"pool_size": self.database_connections, "pooled": self.database_pooler}
 
     @property
     def broker(self) -> Url:

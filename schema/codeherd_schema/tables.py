@@ -122,26 +122,18 @@ _RUNNING = text("state = 'running'")
 _FINISHED = text("finished_at IS NOT NULL")
 _BATCHED = text("batch_id IS NOT NULL")
 # No index starts with the state alone: SQLite would take it for everything and never look at these.
-# queues_with_work, queue_depths.
-Index(
-    "ix_jobs_queued",
-    jobs.c.queue,
-    jobs.c.priority,
-    jobs.c.id,
-    jobs.c.run_at,
-    sqlite_where=_QUEUED,
-    postgresql_where=_QUEUED,
-)
-# due: the lanes of a priority, and the oldest job of a lane; what was hinted at.
+# due: the lanes of a priority, and the oldest job of a lane. queues_with_work, queue_depths.
 Index(
     "ix_jobs_lanes",
     jobs.c.queue,
     jobs.c.priority,
     jobs.c.lane,
     jobs.c.id,
+    jobs.c.run_at,
     sqlite_where=_QUEUED,
     postgresql_where=_QUEUED,
 )
+# due and unclaimed: what was hinted at.
 Index(
     "ix_jobs_hinted",
     jobs.c.queue,

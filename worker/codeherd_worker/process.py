@@ -102,7 +102,9 @@ class WorkerProcess:
         """
         settings = self.settings
         stack = self._stack
-        store = self._open_store(settings.database, max_attempts=settings.max_attempts)
+        store = self._open_store(
+            settings.database, max_attempts=settings.max_attempts, **settings.database_options
+        )
         stack.callback(store.close)
         store.check_schema()
         broker = Broker(settings)

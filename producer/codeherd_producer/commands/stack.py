@@ -80,7 +80,7 @@ def dispatcher(ctx: click.Context) -> None:
     stop = BeatingFlag()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    store = Store.open(settings.database, max_attempts=settings.max_attempts)
+    store = Store.open(settings.database, max_attempts=settings.max_attempts, **settings.database_options)
     store.check_schema()
     _check_redis(settings)
     broker = Broker(settings)

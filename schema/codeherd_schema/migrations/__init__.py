@@ -29,7 +29,7 @@ def upgrade(url: str) -> str:
     Raises:
         DatabaseUnavailable: nothing was changed.
     """
-    database = Database.open(url, pool_size=1)
+    database = Database.open(url, pool_size=1, pooled=True)
     try:
         with database.begin() as connection:
             if database.dialect == "postgresql":
@@ -48,7 +48,7 @@ def upgrade(url: str) -> str:
 
 def current(url: str) -> str | None:
     """Return the database's revision; None when it never was upgraded."""
-    database = Database.open(url, pool_size=1)
+    database = Database.open(url, pool_size=1, pooled=True)
     try:
         with database.read() as connection:
             return _revision(connection)

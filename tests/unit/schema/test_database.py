@@ -348,3 +348,17 @@ def test_opening_a_store_imports_no_other_heavy_package() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert found.stdout == "[]\n"
+
+
+def test_behind_a_pooler_nothing_is_kept_in_a_connection(postgres_url: str) -> None:
+    database = Database.open(postgres_url, pooled=True)
+    direct = Database.open(postgres_url)
+    counted = text("SELECT count(*) FROM pg_prepared_statements")
+    for opened, expected in ((database, ("0", False)), (direct, ("30s", True))):
+        with opened.begin() as connection:
+            # psycopg prepares what it sees for the sixth time.
+            for number in range(8):
+                connection.execute(text("SELECT CAST(:number AS integer)"), {"number": number})
+            limit = connection.scalar(text("SHOW statement_timeout"))
+            assert (limit, connection.scalar(counted) > 0) == expected
+        opened.close()

@@ -61,8 +61,7 @@ def upgrade() -> None:
         ),
         sql.CheckConstraint(f"(state IN ({FINAL})) = (finished_at IS NOT NULL)", name="ck_jobs_finished"),
     )
-    _partial_index("ix_jobs_queued", ["queue", "priority", "id", "run_at"], "state = 'queued'")
-    _partial_index("ix_jobs_lanes", ["queue", "priority", "lane", "id"], "state = 'queued'")
+    _partial_index("ix_jobs_lanes", ["queue", "priority", "lane", "id", "run_at"], "state = 'queued'")
     hinted = "state = 'queued' AND published_at IS NOT NULL"
     _partial_index("ix_jobs_hinted", ["queue", "published_at", "lane"], hinted)
     _partial_index("ix_jobs_queued_expires", ["expires_at"], "state = 'queued'")
