@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     Column,
@@ -30,6 +30,13 @@ from codeherd_schema.lanes import owners_of, shares
 from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.submissions import IN_LIST
 from codeherd_schema.tables import is_due, jobs, pauses, state_is
+
+_MARK: Final = (
+    update(jobs)
+    .where(is_due())
+    .values(published_at=now(), publish_no=jobs.c.publish_no + 1)
+    .returning(jobs.c.id, jobs.c.queue, jobs.c.kind, jobs.c.priority, jobs.c.publish_no)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +212,8 @@ def _stepped(connection: Connection, column: Column[Any], *conditions: ColumnEle
 
 def _marked(connection: Connection, wanted: ColumnElement[bool], order: Sequence[str] = ()) -> list[Hint]:
     """Mark the due ones of the wanted jobs; return their hints in this order, else the first to run first."""
-    statement = (
-        update(jobs)
-        .where(wanted, is_due())
-        .values(published_at=now(), publish_no=jobs.c.publish_no + 1)
-        .returning(jobs.c.id, jobs.c.queue, jobs.c.kind, jobs.c.priority, jobs.c.publish_no)
-    )
     places = {job_id: place for place, job_id in enumerate(order)}
-    rows = connection.execute(statement).all()
+    rows = connection.execute(_MARK.where(wanted)).all()
     return [
         Hint(row.id, row.queue, row.kind, row.priority, row.publish_no)
         for row in sorted(rows, key=lambda row: (places.get(row.id, 0), row.priority, row.id))

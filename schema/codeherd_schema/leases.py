@@ -7,6 +7,7 @@ what a job does between claim and end, or who takes expired leases back (`codehe
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,17 +15,57 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, insert, select, true, update
+from sqlalchemy import ColumnElement, Connection, Double, bindparam, insert, select, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.jobs import Job, instant, job_of, storable
 from codeherd_schema.requests import SCHEMA_VERSION, JobKind
 from codeherd_schema.results import Result
-from codeherd_schema.states import FINAL_STATES, Move, target
+from codeherd_schema.states import FINAL_STATES, JobState, Move, target
 from codeherd_schema.tables import attempts, is_due, jobs, results
 
 #: Characters of an error message that are kept.
 MAX_MESSAGE: Final = 2_000
+
+
+# Built once: to build these for each job costs as much again as to run them.
+_CLAIM: Final = (
+    update(jobs)
+    # What a newer version submitted waits for a newer worker.
+    .where(jobs.c.schema_version <= SCHEMA_VERSION, jobs.c.kind.in_([*JobKind]))
+    .where(jobs.c.id == bindparam("this_job"), is_due())
+    .values(
+        state=target(Move.CLAIM).value,
+        attempt=jobs.c.attempt + 1,
+        lease_id=bindparam("new_lease"),
+        lease_until=now() + bindparam("lease_s", type_=Double),
+        worker_id=bindparam("this_worker"),
+        started_at=now(),
+    )
+    .returning(*jobs.c)
+)
+_CLAIM_OURS: Final = _CLAIM.where(jobs.c.queue.in_(bindparam("our_queues", expanding=True)))
+_HEARTBEAT: Final = (
+    update(jobs)
+    .where(
+        # A lease id is never given twice, so the pairs need not be compared as pairs.
+        jobs.c.id.in_(bindparam("these_jobs", expanding=True)),
+        # And only a running job has one (`ck_jobs_lease`): were the state named here, PostgreSQL with old
+        # statistics would read all running jobs instead of these.
+        jobs.c.lease_id.in_(bindparam("these_leases", expanding=True)),
+    )
+    .values(lease_until=now() + bindparam("lease_s", type_=Double))
+    .returning(
+        # The bare column: in RETURNING, SQLite 3.40 says that a NULL `IS NOT NULL`.
+        jobs.c.lease_id,
+        jobs.c.cancel_requested_at,
+        jobs.c.deadline,
+        now().label("now"),
+    )
+)
+_INSERT_RESULT: Final = insert(results).values(created_at=now())
+_INSERT_ATTEMPT: Final = insert(attempts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +120,17 @@ class Leases:
             lease_s: the job is another's after this many seconds without a heartbeat.
             queues: the queues this worker serves; None is all.
         """
-        is_ours = true() if queues is None else jobs.c.queue.in_(queues)
         lease_id = str(uuid.uuid4())
-        statement = (
-            update(jobs)
-            # What a newer version submitted waits for a newer worker.
-            .where(jobs.c.schema_version <= SCHEMA_VERSION, jobs.c.kind.in_([*JobKind]))
-            .where(jobs.c.id == job_id, is_ours, is_due())
-            .values(
-                state=target(Move.CLAIM).value,
-                attempt=jobs.c.attempt + 1,
-                lease_id=lease_id,
-                lease_until=now() + lease_s,
-                worker_id=storable(worker_id, most=255),
-                started_at=now(),
-            )
-            .returning(*jobs.c)
-        )
-        row = self._database.write(lambda connection: connection.execute(statement).one_or_none())
+        values: dict[str, Any] = {
+            "this_job": job_id,
+            "new_lease": lease_id,
+            "lease_s": lease_s,
+            "this_worker": storable(worker_id, most=255),
+        }
+        statement = _CLAIM
+        if queues is not None:
+            statement, values["our_queues"] = _CLAIM_OURS, list(queues)
+        row = self._database.write(lambda connection: connection.execute(statement, values).one_or_none())
         if row is None:
             return None
         return Claim(
@@ -117,25 +151,12 @@ class Leases:
         """
         if not claims:
             return {}
-        statement = (
-            update(jobs)
-            .where(
-                # A lease id is never given twice, so the pairs need not be compared as pairs.
-                jobs.c.id.in_([claim.job.id for claim in claims]),
-                # And only a running job has one (`ck_jobs_lease`): were the state named here, PostgreSQL with
-                # old statistics would read all running jobs instead of these.
-                jobs.c.lease_id.in_([claim.lease_id for claim in claims]),
-            )
-            .values(lease_until=now() + lease_s)
-            .returning(
-                # The bare column: in RETURNING, SQLite 3.40 says that a NULL `IS NOT NULL`.
-                jobs.c.lease_id,
-                jobs.c.cancel_requested_at,
-                jobs.c.deadline,
-                now().label("now"),
-            )
-        )
-        rows = self._database.write(lambda connection: connection.execute(statement).all())
+        values = {
+            "these_jobs": [claim.job.id for claim in claims],
+            "these_leases": [claim.lease_id for claim in claims],
+            "lease_s": lease_s,
+        }
+        rows = self._database.write(lambda connection: connection.execute(_HEARTBEAT, values).all())
         return {
             row.lease_id: Beat(
                 cancel_requested=row.cancel_requested_at is not None,
@@ -155,7 +176,7 @@ class Leases:
         def work(connection: Connection) -> Commit:
             commit = self._end(connection, claim, Move.SUCCEED)
             if commit is Commit.STORED:
-                connection.execute(insert(results).values(_result_row(result)))
+                connection.execute(_INSERT_RESULT, _result_row(result))
             return commit
 
         return self._database.write(work)
@@ -236,41 +257,46 @@ def end_attempt(
     Returns:
         Whether the job was in that lease, and `conditions` were true.
     """
-    state = target(move)
-    row = connection.execute(
+    statement = _ending(target(move))
+    if values or conditions:
+        statement = statement.where(*conditions).values(**values)
+    lease = {"this_job": job_id, "this_lease": lease_id, "this_attempt": attempt}
+    row = connection.execute(statement, lease).one_or_none()
+    if row is None:
+        return False
+    ended = {
+        "job_id": job_id,
+        "attempt": attempt,
+        "lease_id": lease_id,
+        "worker_id": row.worker_id,
+        "started_at": row.started_at,
+        "ended_at": row.now,
+        "outcome": move.value,
+        "error_code": values.get("error_code"),
+        "error_message": values.get("error_message"),
+    }
+    connection.execute(_INSERT_ATTEMPT, ended)
+    return True
+
+
+@functools.cache
+def _ending(state: JobState) -> ReturningUpdate[Any]:
+    return (
         update(jobs)
         .where(
-            jobs.c.id == job_id,
+            jobs.c.id == bindparam("this_job"),
             # Only a running job has a lease.
-            jobs.c.lease_id == lease_id,
-            jobs.c.attempt == attempt,
-            *conditions,
+            jobs.c.lease_id == bindparam("this_lease"),
+            jobs.c.attempt == bindparam("this_attempt"),
         )
         .values(
             state=state.value,
             lease_id=None,
             lease_until=None,
             finished_at=now() if state in FINAL_STATES else None,
-            **values,
         )
         .returning(jobs.c.worker_id, jobs.c.started_at, now().label("now"))
-    ).one_or_none()
-    if row is None:
-        return False
-    connection.execute(
-        insert(attempts).values(
-            job_id=job_id,
-            attempt=attempt,
-            lease_id=lease_id,
-            worker_id=row.worker_id,
-            started_at=row.started_at,
-            ended_at=row.now,
-            outcome=move.value,
-            error_code=values.get("error_code"),
-            error_message=values.get("error_message"),
-        )
     )
-    return True
 
 
 def _commit_of_ended(connection: Connection, claim: Claim, moves: Collection[Move]) -> Commit:
@@ -291,5 +317,4 @@ def _result_row(result: Result) -> dict[str, Any]:
         "prompt_tokens": result.prompt_tokens,
         "completion_tokens": result.completion_tokens,
         "finish_reason": result.candidates[0].finish_reason.value,
-        "created_at": now(),
     }

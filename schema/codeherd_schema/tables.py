@@ -10,6 +10,7 @@ character, which PostgreSQL's own text and JSON types refuse.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Final
 
@@ -213,6 +214,8 @@ def _state_is(state: JobState) -> ColumnElement[bool]:
     return and_(is_it, jobs.c.finished_at.is_not(None)) if state in FINAL_STATES else is_it
 
 
+# Built once: it is a part of every claim and of every look for hints.
+@functools.cache
 def is_due() -> ColumnElement[bool]:
     """Return the condition that a job may be started now, by the database's clock."""
     return and_(
