@@ -73,7 +73,7 @@ class Hints:
             chosen = self._choose(connection, queue, limit)
             return _marked(connection, jobs.c.id.in_(chosen), order=chosen) if chosen else []
 
-        return self._database.write(work)
+        return self._database.write(work, fleeting=True)
 
     def _choose(self, connection: Connection, queue: str, limit: int) -> list[str]:
         """Return ids of jobs that are owed a hint, first those of the first priority, fairly by lane."""
@@ -107,7 +107,7 @@ class Hints:
         Used right after a submit or a release; the others are nobody's to publish, or another's.
         """
         wanted = and_(jobs.c.id.in_(job_ids), jobs.c.published_at.is_(None))
-        return self._database.write(lambda connection: _marked(connection, wanted))
+        return self._database.write(lambda connection: _marked(connection, wanted), fleeting=True)
 
     def unpublish(self, hints: Iterable[Hint]) -> None:
         """Owe these hints again at once: they could not be sent. A newer hint is left alone."""
@@ -122,7 +122,7 @@ class Hints:
         )
         rows = [{"hinted_id": hint.job_id, "hinted_no": hint.publish_no} for hint in hints]
         if rows:
-            self._database.write(lambda connection: connection.execute(statement, rows))
+            self._database.write(lambda connection: connection.execute(statement, rows), fleeting=True)
 
     def unclaimed(self, queue: str, *, older_s: float) -> int:
         """Count the jobs of `queue` that wait although a hint was sent more than `older_s` seconds ago."""
@@ -151,7 +151,7 @@ class Hints:
                 connection.execute(update(jobs).where(named).values(published_at=None))
             return len(lost)
 
-        return self._database.write(work)
+        return self._database.write(work, fleeting=True)
 
     def queues_with_work(self) -> list[str]:
         """Return the queues that hold queued jobs, due or not."""

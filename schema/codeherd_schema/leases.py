@@ -130,7 +130,9 @@ class Leases:
         statement = _CLAIM
         if queues is not None:
             statement, values["our_queues"] = _CLAIM_OURS, list(queues)
-        row = self._database.write(lambda connection: connection.execute(statement, values).one_or_none())
+        row = self._database.write(
+            lambda connection: connection.execute(statement, values).one_or_none(), fleeting=True
+        )
         if row is None:
             return None
         return Claim(
@@ -156,7 +158,9 @@ class Leases:
             "these_leases": [claim.lease_id for claim in claims],
             "lease_s": lease_s,
         }
-        rows = self._database.write(lambda connection: connection.execute(_HEARTBEAT, values).all())
+        rows = self._database.write(
+            lambda connection: connection.execute(_HEARTBEAT, values).all(), fleeting=True
+        )
         return {
             row.lease_id: Beat(
                 cancel_requested=row.cancel_requested_at is not None,

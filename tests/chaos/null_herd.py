@@ -7,6 +7,7 @@ every test (`check`). Does not decide what goes wrong: tests do, and the orders 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -194,24 +195,24 @@ class NullHerd:
             # First the launcher stands still, so that it starts no other worker.
             process.send_signal(signal.SIGSTOP)
             for pid in children(process.pid):
-                os.kill(pid, signal.SIGKILL)
+                _send(pid, signal.SIGKILL)
             process.kill()
         process.wait(30)
 
     def kill_workers(self, name: str) -> None:
         """Kill the worker processes of a launcher, which will start others."""
         for pid in children(self._processes[name].pid):
-            os.kill(pid, signal.SIGKILL)
+            _send(pid, signal.SIGKILL)
 
     def freeze(self, name: str) -> None:
         """Stop the workers of a launcher, or a dispatcher, in the middle of whatever they do."""
         for pid in self.pids(name):
-            os.kill(pid, signal.SIGSTOP)
+            _send(pid, signal.SIGSTOP)
 
     def thaw(self, name: str) -> None:
         """Let frozen ones go on."""
         for pid in self.pids(name):
-            os.kill(pid, signal.SIGCONT)
+            _send(pid, signal.SIGCONT)
 
     def signal(self, name: str, number: int) -> None:
         """Send a signal to the launcher or dispatcher."""
@@ -308,6 +309,12 @@ def is_stopped(pid: int) -> bool:
     """Whether a process stands still (SIGSTOP)."""
     # The name before the state may hold spaces and brackets.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+
+def _send(pid: int, number: int) -> None:
+    # It may have died of something else a moment ago.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def children(pid: int) -> list[int]:
