@@ -224,6 +224,19 @@ def test_sqlite_commits_survive_a_power_cut_and_references_hold(sqlite_url: str)
     database.close()
 
 
+def test_only_what_dies_with_its_processes_may_be_taken_back_by_a_power_cut(sqlite_url: str) -> None:
+    database = Database.open(sqlite_url, pool_size=1)
+
+    def asked(connection: Connection) -> int | None:
+        return connection.exec_driver_sql("PRAGMA synchronous").scalar()
+
+    # One connection: what a fleeting commit changed must not stay.
+    levels = [database.write(asked, fleeting=fleeting) for fleeting in (False, True, False, True, False)]
+
+    assert levels == [2, 1, 2, 1, 2]
+    database.close()
+
+
 def test_deadlock_is_tried_again(postgres_url: str) -> None:
     database = Database.open(postgres_url)
     with database.begin() as connection:
