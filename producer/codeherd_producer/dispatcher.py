@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from codeherd_schema.broker import Broker
+from codeherd_schema.broker import PRIORITY_STEPS, Broker
 from codeherd_schema.errors import BrokerUnavailable, CodeherdError
-from codeherd_schema.hints import Hint
+from codeherd_schema.hints import LEAST_URGENT, Hint
 from codeherd_schema.janitor import PRUNE_LIMIT
 from codeherd_schema.settings import SharedSettings
 from codeherd_schema.store import Store
@@ -160,12 +160,12 @@ class Dispatcher:
         return sum(s.count for s in sent), any(s.is_starved for s in sent)
 
     def _fill(self, queue: str) -> _Sent:
-        waiting = self._broker.waiting(queue)
-        self._find_lost(queue, waiting)
-        room = self._settings.publish_window - waiting
-        if room <= 0:
+        waiting = self._broker.waiting_by_step(queue)
+        self._find_lost(queue, sum(waiting))
+        room, up_to = room_for(waiting, self._settings.publish_window)
+        if not room:
             return _Sent(0)
-        hints = self._store.due(queue, limit=room)
+        hints = self._store.due(queue, limit=room, up_to=up_to)
         self._send(hints)
         if hints:
             again = sum(hint.publish_no > 1 for hint in hints)
@@ -188,6 +188,24 @@ class Dispatcher:
             # Some may have got there; the others must not wait until they are stale.
             self._store.unpublish(hints)
             raise
+
+
+def room_for(waiting: Sequence[int], window: int) -> tuple[int, int]:
+    """Return how many hints may be sent, and down to which priority.
+
+    What fills the window must not hold up what is more urgent: for that only messages count that are at
+    least as urgent, since workers take them first. So a queue holds up to four windows.
+
+    Args:
+        waiting: messages for each of `PRIORITY_STEPS`.
+        window: most messages.
+    """
+    lasts = (*(step - 1 for step in PRIORITY_STEPS[1:]), LEAST_URGENT)
+    for place in reversed(range(len(lasts))):
+        room = window - sum(waiting[: place + 1])
+        if room > 0:
+            return room, lasts[place]
+    return 0, 0
 
 
 @dataclass(frozen=True, slots=True)

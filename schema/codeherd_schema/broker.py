@@ -168,8 +168,23 @@ class Broker:
         Raises:
             BrokerUnavailable: Redis did not answer in time.
         """
+        return sum(self.waiting_by_step(queue))
+
+    def waiting_by_step(self, queue: str) -> tuple[int, ...]:
+        """Count them for each of `PRIORITY_STEPS`, the most urgent first.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
         with self._connected() as connection:
-            return int(connection.default_channel._size(queue))  # noqa: SLF001 -- the transport's own sum over priorities
+            channel = connection.default_channel
+            names = [channel._q_for_pri(queue, step) for step in PRIORITY_STEPS]  # noqa: SLF001 -- the transport's own names
+            with channel.conn_or_acquire() as client, client.pipeline() as pipe:
+                for name in names:
+                    pipe.llen(name)
+                # What is no list is an error in its place: workers delete it.
+                counts = pipe.execute(raise_on_error=False)
+        return tuple(count if isinstance(count, int) else 0 for count in counts)
 
     def hinted(self, queue: str) -> frozenset[str]:
         """Return the ids of the jobs whose messages are in `queue`; reads all of it.
@@ -180,10 +195,12 @@ class Broker:
         with self._connected() as connection:
             channel = connection.default_channel
             names = [channel._q_for_pri(queue, step) for step in PRIORITY_STEPS]  # noqa: SLF001 -- the transport's own names
-            with channel.conn_or_acquire() as client:
-                # kombu's client puts the prefix before the keys of those commands alone that it uses itself.
-                lists = [client.lrange(f"{self._settings.key_prefix}{name}", 0, -1) for name in names]
-        elements = (element for waiting in lists for element in waiting)
+            with channel.conn_or_acquire() as client, client.pipeline() as pipe:
+                for name in names:
+                    # kombu's client prefixes the keys of those commands alone that it uses itself.
+                    pipe.lrange(f"{self._settings.key_prefix}{name}", 0, -1)
+                lists = pipe.execute(raise_on_error=False)
+        elements = (element for waiting in lists if isinstance(waiting, list) for element in waiting)
         return frozenset(job_id for job_id in map(_job_of, elements) if job_id is not None)
 
     def request_cancel(self, job_id: str) -> None:

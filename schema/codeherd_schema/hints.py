@@ -31,6 +31,8 @@ from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.submissions import IN_LIST
 from codeherd_schema.tables import is_due, jobs, pauses, state_is
 
+#: The last of the priorities.
+LEAST_URGENT: Final = 9
 _MARK: Final = (
     update(jobs)
     .where(is_due())
@@ -59,7 +61,7 @@ class Hints:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def due(self, queue: str, *, limit: int) -> list[Hint]:
+    def due(self, queue: str, *, limit: int, up_to: int = LEAST_URGENT) -> list[Hint]:
         """Mark and return the due jobs of `queue` that are owed a hint, the first to run first.
 
         The first priority first; within it every tenant, and every batch of a tenant, in turn.
@@ -67,15 +69,16 @@ class Hints:
         Args:
             queue: whose jobs.
             limit: most hints.
+            up_to: the last priority that is looked at.
         """
 
         def work(connection: Connection) -> list[Hint]:
-            chosen = self._choose(connection, queue, limit)
+            chosen = self._choose(connection, queue, limit, up_to)
             return _marked(connection, jobs.c.id.in_(chosen), order=chosen) if chosen else []
 
         return self._database.write(work, fleeting=True)
 
-    def _choose(self, connection: Connection, queue: str, limit: int) -> list[str]:
+    def _choose(self, connection: Connection, queue: str, limit: int, up_to: int) -> list[str]:
         """Return ids of jobs that are owed a hint, first those of the first priority, fairly by lane."""
         chosen: list[str] = []
         held: Counter[str] | None = None
@@ -84,7 +87,9 @@ class Hints:
         paused = {(row.scope, row.name) for row in found}
         if (PauseScope.QUEUE, queue) in paused:
             return []
-        for priority in _stepped(connection, jobs.c.priority, jobs.c.queue == queue):
+        for priority in _stepped(
+            connection, jobs.c.priority, jobs.c.queue == queue, jobs.c.priority <= up_to
+        ):
             is_level = and_(jobs.c.queue == queue, jobs.c.priority == priority)
             lanes = _stepped(connection, jobs.c.lane, is_level)
             waiting = [lane for lane in lanes if not paused & _scopes_of(lane)]

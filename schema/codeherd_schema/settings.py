@@ -116,7 +116,8 @@ class SharedSettings(Frozen):
     dispatch_interval_s: float = Field(default=0.5, gt=0, le=60)
     #: Seconds after which a published job that nobody claimed is published again if Redis has lost it.
     republish_after_s: float = Field(default=3.0, gt=0, le=86_400)
-    #: Most messages per queue in Redis; the rest waits in SQL, where priority is decided.
+    #: Most messages per queue in Redis that are as urgent as another or more; the rest waits in SQL, where
+    #: priority is decided.
     publish_window: int = Field(default=64, ge=1, le=100_000)
     #: Most attempts of one job.
     max_attempts: int = Field(default=5, ge=1, le=100)

@@ -32,7 +32,7 @@ from celery.app.amqp import AMQP
 from kombu import connection as kombu_connection
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import loads
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from codeherd_schema.requests import JobKind
 
@@ -168,7 +168,7 @@ def check_hint(raw: bytes, queue: str) -> None:
     job_id = found[1]
     shown = {"argsrepr": hint_repr(job_id), "kwargsrepr": "{}"}
     _check_says(
-        headers, {"lang": "py", "task": task, "id": task_id, "root_id": task_id, **shown}, _FREE_HEADERS
+        headers, {**_HEADERS, "task": task, "id": task_id, "root_id": task_id, **shown}, _FREE_HEADERS
     )
     _check_says(properties, {"correlation_id": task_id, **shown}, _FREE_PROPERTIES)
     _require(_goes_to(properties, "", queue), "not_a_hint")
@@ -375,6 +375,24 @@ def _goes_to(properties: Mapping[str, Any], exchange: str, routing_key: str) -> 
     return bool(info.get("exchange") == exchange and info.get("routing_key") == routing_key)
 
 
+#: What the headers of a hint say, but who it is about. Celery takes an `eta` or `expires` that is not None
+#: for a moment, and ends on it if it is none.
+_HEADERS: Final[Mapping[str, Any]] = {
+    "lang": "py",
+    "shadow": None,
+    "eta": None,
+    "expires": None,
+    "group": None,
+    "group_index": None,
+    "retries": 0,
+    "timelimit": [None, None],
+    "parent_id": None,
+    "ignore_result": None,
+    "replaced_task_nesting": 0,
+    "stamped_headers": None,
+    "stamps": {},
+}
+
 _TASKS: Final = frozenset(task_name(kind) for kind in JobKind)
 _ENVELOPE_KEYS: Final = frozenset({"body", "content-encoding", "content-type", "headers", "properties"})
 _FREE_HEADERS: Final[Mapping[str, Callable[[Any], bool]]] = {"origin": _is_text}
@@ -485,6 +503,17 @@ class _CheckedRedis(kombu_redis.PrefixedStrictRedis):  # type: ignore[misc]
 class _CheckedChannel(kombu_redis.Channel):  # type: ignore[misc]
     """A channel whose clients check what they receive."""
 
+    _own_client: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """Return a client; without `asynchronous` one that stays: kombu makes another for each call."""
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        pool = self.pool
+        if self._own_client is None or self._own_client.connection_pool is not pool:
+            self._own_client = super()._create_client()
+        return self._own_client
+
     def _get_client(self) -> Callable[..., _CheckedRedis]:
         super()._get_client()  # its check of redis-py's version
         prefix = self.global_keyprefix
@@ -516,16 +545,19 @@ class _CheckedSentinelChannel(_CheckedChannel, kombu_redis.SentinelChannel):  # 
     """The same behind Sentinel."""
 
 
+# A Redis that is full is one that is away for a while: a worker that reconnects tries again.
 class RedisTransport(kombu_redis.Transport):  # type: ignore[misc]
     """kombu's Redis transport that hands on messages of ours only."""
 
     Channel = _CheckedChannel
+    connection_errors = (*kombu_redis.Transport.connection_errors, OutOfMemoryError)
 
 
 class SentinelTransport(kombu_redis.SentinelTransport):  # type: ignore[misc]
     """kombu's Sentinel transport that hands on messages of ours only."""
 
     Channel = _CheckedSentinelChannel
+    connection_errors = RedisTransport.connection_errors
 
 
 _CHECKED: Final = {

@@ -135,12 +135,13 @@ def test_an_urgent_job_overtakes_a_backlog_that_fills_the_window(
     parts = Parts(database_url, broker_url, publish_window=5)
     hints_of(parts, 50)
     parts.dispatcher.run_once()
-    urgent = parts.client.submit(GenerateRequest(prompt="x", priority=0))
+    urgent = parts.client.submit_many(requests(7, priority=0))
 
-    take(redis_server, 1)
-    parts.dispatcher.run_once()
+    assert parts.dispatcher.run_once().published == 5
+    assert parts.dispatcher.run_once() == Tick()
 
-    assert take(redis_server, 1) == [f"{urgent.id}.1"]
+    assert take(redis_server, 5) == [f"{job.id}.1" for job in urgent[:5]]
+    assert parts.dispatcher.run_once().published == 2
     parts.close()
 
 

@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether the drain is over.
 DRAIN_CHECK_S = 0.1
-#: Seconds between two looks for leases that nobody could renew.
-GUARD_INTERVAL_S = 1.0
+#: Seconds between two looks for leases that nobody could renew, at most; and the share of a lease.
+GUARD_INTERVAL_S, GUARD_SHARE = 1.0, 0.05
 #: Seconds between two looks of the watchdog.
 WATCH_INTERVAL_S = 1.0
 #: Seconds that closing may take when every lease has run out.
@@ -131,7 +131,11 @@ class WorkerProcess:
         for part in (
             Periodic("heartbeat", heartbeat.beat, pause_s=lambda: settings.heartbeat_s),
             # Apart from the heartbeat, which a frozen database holds up.
-            Periodic("lease guard", heartbeat.give_up_overdue, pause_s=lambda: GUARD_INTERVAL_S),
+            Periodic(
+                "lease guard",
+                heartbeat.give_up_overdue,
+                pause_s=lambda: min(GUARD_INTERVAL_S, GUARD_SHARE * settings.lease_s),
+            ),
             Periodic("rescuer", rescuer.look, pause_s=lambda: _spread(settings.reap_interval_s)),
             Periodic("watchdog", self._watch(watchdog), pause_s=lambda: WATCH_INTERVAL_S),
         ):

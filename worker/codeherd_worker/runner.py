@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from datetime import UTC, datetime
+from datetime import timedelta
 from typing import Any
 
 from codeherd_schema.broker import Broker
@@ -243,7 +243,8 @@ class Runner:
                 decode_s=max(o.decode_s for o in outcomes),
                 total_s=total_s,
             ),
-            created_at=datetime.now(UTC),
+            # By the database's clock, as all that is kept.
+            created_at=claim.claimed_at + timedelta(seconds=total_s),
         )
 
     def _succeeded(self, run: Run, claim: Claim, result: Result) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from codeherd_producer.dispatcher import LONGEST_REST_S, Rest
+import pytest
+
+from codeherd_producer.dispatcher import LONGEST_REST_S, Rest, room_for
 
 
 def test_rests_double_up_to_a_limit_and_start_again_after_a_success() -> None:
@@ -28,3 +30,23 @@ def test_success_after_success_is_no_news() -> None:
     rest.longer(now=0)
     assert rest.is_on
     assert [rest.end(), rest.end(), rest.is_on] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "room"),
+    [
+        ((0, 0, 0, 0), (10, 9)),
+        ((1, 2, 3, 0), (4, 9)),
+        # Full of what is not urgent: the rest may still come, the most of it first.
+        ((0, 0, 0, 10), (10, 8)),
+        ((0, 1, 0, 15), (9, 8)),
+        ((0, 4, 6, 0), (6, 5)),
+        ((3, 9, 0, 0), (7, 2)),
+        ((10, 0, 0, 0), (0, 0)),
+        ((12, 9, 9, 9), (0, 0)),
+    ],
+)
+def test_what_fills_the_window_holds_up_nothing_more_urgent(
+    waiting: tuple[int, ...], room: tuple[int, int]
+) -> None:
+    assert room_for(waiting, 10) == room
