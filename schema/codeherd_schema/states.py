@@ -6,7 +6,7 @@ conditional UPDATE in `codeherd_schema.store`. `docs/states.md` is generated fro
     queued ── claim ──> running ── succeed ──> succeeded
       │                   ├─ fail ──────> failed      an error that another attempt cannot mend
       │                   ├─ retry ─────> queued      an error that another attempt may mend
-      │                   ├─ release ───> queued      the worker shuts down; no attempt is burnt
+      │                   ├─ release ───> queued      the worker stops or sets it apart; no attempt is burnt
       │                   ├─ reap ──────> queued      the lease ran out: the worker is lost
       │                   ├─ bury ──────> dead        too many attempts or crashes
       │                   ├─ cancel ────> cancelled

@@ -108,3 +108,15 @@ def test_the_demo_ends_well_and_leaves_its_answers_in_sql(tmp_path: Path) -> Non
     assert "[unsupported_by_model]" in done.stdout
     assert re.search(r"(\d+) succeeded, 1 cancelled", done.stdout)
     assert (folder / "codeherd.db").exists()
+
+
+def test_every_promise_names_tests_that_are_there() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([GF]\d+) \|(.*)$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == [f"G{n}" for n in range(1, 19)] + [f"F{n}" for n in range(1, 23)]
+    for name, row in rows:
+        tests = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert tests, name
+        for file, test in tests:
+            folder = ROOT / "tests" / ("chaos" if name.startswith("F") else "")
+            assert f"def {test}(" in (folder / file).read_text(encoding="utf-8"), (name, file, test)

@@ -280,4 +280,4 @@ def test_f10_workers_that_lose_a_full_redis_go_on_when_it_has_room_again(
     herd.wait_state(running, JobState.SUCCEEDED)
     limits.config_set("maxmemory", "0")
 
-    prove_finished(herd, [*running, *job_ids])
+    prove_well(herd, [*running, *job_ids])
