@@ -12,14 +12,14 @@ import contextlib
 import json
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import kombu
 from celery import Celery
 from celery.app.control import Control
 from kombu.exceptions import KombuError
 from kombu.pidbox import Mailbox
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
 from codeherd_schema.errors import BrokerUnavailable
 from codeherd_schema.queues import queue_name as queue_name
@@ -27,6 +27,8 @@ from codeherd_schema.settings import SharedSettings
 from codeherd_schema.store import Hint
 from codeherd_schema.transport import HerdAMQP, hint_id, hint_repr, is_job_id
 from codeherd_schema.transport import task_name as task_name
+
+T = TypeVar("T")
 
 #: Sub-queues per queue; Redis 0 is the first to be taken (kombu's default steps, given for Flower).
 PRIORITY_STEPS = (0, 3, 6, 9)
@@ -182,9 +184,7 @@ class Broker:
             with channel.conn_or_acquire() as client, client.pipeline() as pipe:
                 for name in names:
                     pipe.llen(name)
-                # What is no list is an error in its place: workers delete it.
-                counts = pipe.execute(raise_on_error=False)
-        return tuple(count if isinstance(count, int) else 0 for count in counts)
+                return tuple(_of_list(count, 0) for count in pipe.execute(raise_on_error=False))
 
     def hinted(self, queue: str) -> frozenset[str]:
         """Return the ids of the jobs whose messages are in `queue`; reads all of it.
@@ -199,8 +199,10 @@ class Broker:
                 for name in names:
                     # kombu's client prefixes the keys of those commands alone that it uses itself.
                     pipe.lrange(f"{self._settings.key_prefix}{name}", 0, -1)
-                lists = pipe.execute(raise_on_error=False)
-        elements = (element for waiting in lists if isinstance(waiting, list) for element in waiting)
+                lists: list[Sequence[bytes]] = [
+                    _of_list(elements, ()) for elements in pipe.execute(raise_on_error=False)
+                ]
+        elements = (element for waiting in lists for element in waiting)
         return frozenset(job_id for job_id in map(_job_of, elements) if job_id is not None)
 
     def request_cancel(self, job_id: str) -> None:
@@ -362,6 +364,16 @@ class Endings:
         with contextlib.suppress(RedisError, OSError):
             self._pubsub.close()
         self._connection.release()
+
+
+def _of_list(answer: Any, otherwise: T) -> T:
+    """Return what Redis says of a list; `otherwise` of what is none, which workers delete."""
+    if isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE"):
+        return otherwise
+    if isinstance(answer, Exception):
+        raise answer
+    found: T = answer
+    return found
 
 
 def _job_of(element: bytes) -> str | None:

@@ -180,6 +180,32 @@ def test_a_queue_tells_whose_hints_it_holds_whatever_their_priority(broker: Brok
     assert broker.hinted("codeherd.other") == frozenset()
 
 
+def test_what_is_no_list_counts_as_none_and_other_refusals_are_told(
+    broker: Broker, broker_url: str, redis_server: RedisServer
+) -> None:
+    broker.publish([hint(1, priority=9)])
+    key = f"codeherd:{QUEUE}"
+    with redis.Redis(port=redis_server.port) as client:
+        client.set(key, "no list")
+        assert broker.waiting_by_step(QUEUE) == (0, 0, 0, 1)
+        assert broker.hinted(QUEUE) == {"job1"}
+        client.acl_setuser(
+            "poor",
+            enabled=True,
+            passwords=["+word"],
+            categories=["+@all"],
+            commands=["-lrange", "-llen"],
+            keys=["*"],
+            channels=["*"],
+        )
+        poor = broker_at(broker_url.replace("redis://", "redis://poor:word@"))
+        for ask in (poor.waiting_by_step, poor.hinted):
+            with pytest.raises(BrokerUnavailable):
+                ask(QUEUE)
+        poor.close()
+        client.acl_deluser("poor")
+
+
 CALLS: dict[str, Callable[[Broker], object]] = {
     "publish": lambda broker: broker.publish([hint(1)]),
     "waiting": lambda broker: broker.waiting(QUEUE),
