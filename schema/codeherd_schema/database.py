@@ -10,7 +10,7 @@ case-sensitive search, `BEGIN IMMEDIATE`) is compiled here.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -58,6 +58,8 @@ _NO_SUCH_THING: Final = frozenset({"42P01", "42703"})
 _AWAY: Final = ("08", "53", "57", "58", "28", "3D", "40", "55", "25")
 #: Execution option that marks a connection as a reader.
 _READER: Final = "codeherd_reader"
+#: Rows from which on COPY is worth its start.
+COPY_FROM: Final = 32
 #: Marks connections whose commits may be taken back.
 _FLEETING: Final = "codeherd_fleeting"
 
@@ -213,6 +215,32 @@ def insert_or_leave(connection: Connection, table: Table, keys: Sequence[Column[
     from sqlalchemy.dialects import sqlite
 
     return sqlite.insert(table).on_conflict_do_nothing(index_elements=keys)
+
+
+def insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows that nothing stands in the way of; on PostgreSQL by COPY, in half the time.
+
+    Args:
+        connection: in a writing transaction.
+        table: where to.
+        rows: values by column, the same columns in each.
+    """
+    if connection.dialect.name != "postgresql" or len(rows) < COPY_FROM:
+        connection.execute(table.insert(), rows)
+        return
+    # Imported here, since SQLite needs none of it.
+    import psycopg
+
+    names = list(rows[0])
+    driver: Any = connection.connection.driver_connection
+    statement = f"COPY {table.name} ({', '.join(names)}) FROM STDIN"
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row([row[name] for name in names])
+    except psycopg.Error as err:
+        # Past SQLAlchemy; what it would have made of it.
+        raise sa.DBAPIError.instance(statement, None, err, psycopg.Error) from err
 
 
 def clock(connection: Connection) -> float:

@@ -32,7 +32,8 @@ class Job:
     schema_version: int
     #: The request as JSON; see `request`.
     payload: str = field(repr=False)
-    content_sha256: str
+    #: Of jobs with an idempotency key.
+    content_sha256: str | None
     #: Number of the current or last attempt; 0 before the first.
     attempt: int
     #: Attempts that ended because their worker was lost.

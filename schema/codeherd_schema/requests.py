@@ -123,9 +123,9 @@ class JobOptions(Frozen):
     #: Same key and same request give the same job; same key and another request are refused.
     idempotency_key: Key | None = None
     #: For filters: `codeherd ls --label team=docs`.
-    labels: dict[Word, ShortText] = Field(default={}, max_length=16)
+    labels: dict[Word, ShortText] = Field(default_factory=dict, max_length=16)
     #: Kept and given back, never looked at.
-    metadata: dict[Word, ShortText] = Field(default={}, max_length=16)
+    metadata: dict[Word, ShortText] = Field(default_factory=dict, max_length=16)
     schema_version: Literal[1] = SCHEMA_VERSION
 
     def content_sha256(self) -> str:

@@ -67,7 +67,8 @@ jobs = Table(
     # The request as `dump_request` gives it, and the version of that form.
     Column("schema_version", Integer, nullable=False),
     Column("payload", Text, nullable=False),
-    Column("content_sha256", String(64), nullable=False),
+    # Of jobs with an idempotency key.
+    Column("content_sha256", String(64)),
     # Number of the current or last attempt; claim counts it up, release takes it back.
     Column("attempt", Integer, nullable=False, server_default="0"),
     # Attempts that ended because their worker was lost.

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from sqlalchemy import create_engine, event, text
 
-from codeherd_schema.database import Database
+from codeherd_schema.database import COPY_FROM, Database
 from codeherd_schema.errors import IdempotencyConflict, InvalidRequest
 from codeherd_schema.requests import GenerateRequest, InfillRequest, Request
 from codeherd_schema.states import JobState
@@ -337,3 +338,28 @@ def test_labels_are_stored_sorted(store: Store, database_url: str) -> None:
         stored = connection.scalar(text("SELECT labels FROM jobs WHERE id = :id"), {"id": submitted.job_id})
     database.close()
     assert list(json.loads(stored)) == ["a", "b"]
+
+
+def test_many_jobs_come_in_as_one_would(store: Store) -> None:
+    odd = 'tab\t line\n backslash \\N quote " comma , é 漢 \u2028'
+    requests = [a_request(labels={"odd": odd}) for _ in range(2 * COPY_FROM)]
+
+    many = store.submit(requests, custom_ids=[f"{n} {odd}" for n in range(len(requests))], batch_id="b")
+    [one] = store.submit(requests[:1], custom_ids=[f"0 {odd}"], batch_id="b")
+
+    rows = store.get_many([answer.job_id for answer in (*many, one)])
+    assert [rows[answer.job_id].custom_id for answer in many] == [f"{n} {odd}" for n in range(len(many))]
+    alone, first = rows[one.job_id], rows[many[0].job_id]
+    assert replace(first, id=alone.id, run_at=alone.run_at, created_at=alone.created_at) == alone
+    assert first.labels == {"odd": odd}
+
+
+def test_one_bad_name_among_many_leaves_none_of_them(postgres_url: str) -> None:
+    store = Store.open(postgres_url)
+    requests = [a_request() for _ in range(2 * COPY_FROM)]
+
+    with pytest.raises(InvalidRequest, match="NUL"):
+        store.submit(requests, custom_ids=[*(["x"] * (len(requests) - 1)), "a\0b"])
+
+    assert store.list() == []
+    store.close()

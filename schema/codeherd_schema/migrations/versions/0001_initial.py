@@ -27,7 +27,7 @@ def upgrade() -> None:
         sql.Column("priority", sql.SmallInteger, nullable=False),
         sql.Column("schema_version", sql.Integer, nullable=False),
         sql.Column("payload", sql.Text, nullable=False),
-        sql.Column("content_sha256", sql.String(64), nullable=False),
+        sql.Column("content_sha256", sql.String(64)),
         sql.Column("attempt", sql.Integer, nullable=False, server_default="0"),
         sql.Column("crash_count", sql.Integer, nullable=False, server_default="0"),
         sql.Column("max_attempts", sql.Integer, nullable=False),
