@@ -125,7 +125,6 @@ def test_white_space_documents_nothing() -> None:
         (b"def f(a: d[1:2] = {1: 2}):\n    return a\n", "    ", "\n", "def f(a: d[1:2] = {1: 2}):\n"),
         (b'def f(a: "x:y") -> "z:w":\n    return a\n', "    ", "\n", 'def f(a: "x:y") -> "z:w":\n'),
         ("def π(é='ñ'): # ü\n    return π\n".encode(), "    ", "\n", "def π(é='ñ'): # ü\n"),
-        ('x = "\u2028b\x0b\x0c"\ndef f():\n    pass\n'.encode(), "    ", "\n", 'x = "\u2028b\x0b\x0c"\ndef f():\n'),
         (b"x = '''\r\n'''\r\ndef f():\n    return 1", "    ", "\n", "x = '''\r\n'''\r\ndef f():\n"),
     ],
 )  # fmt: skip
@@ -136,6 +135,12 @@ def test_the_place_is_right_after_the_header(raw: bytes, indent: str, newline: s
     assert symbol.insert_at == len(before)
     assert found.text[: symbol.insert_at] == before
     assert (symbol.indent, symbol.newline) == (indent, newline)
+
+
+def test_other_separators_end_no_line() -> None:
+    found = scan('x = "\u2028b\x0b\x0c\x1c\x85"\ndef f():\n    pass\n'.encode())
+
+    assert (found.symbols[1].line, found.symbols[1].insert_at) == (2, found.text.index("    pass"))
 
 
 @pytest.mark.parametrize(
