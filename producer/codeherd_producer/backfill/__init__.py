@@ -1,0 +1,1 @@
+"""Fill in what a repository leaves undocumented, and change nothing else."""

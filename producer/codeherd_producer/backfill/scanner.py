@@ -1,0 +1,393 @@
+r"""Find every class and function of one Python file, and the exact place where its docstring goes.
+
+Owns: decoding, the symbols, what a docstring may say about each (parameters, raises, returns), and
+positions. Does not decide what gets a docstring (`selection`), and changes nothing (`editor`). Standard
+library only, in one file: another interpreter runs it for syntax that this one does not know,
+
+    python scanner.py < file.py     prints the scan as JSON
+
+Positions are characters of the decoded text without a byte order mark. Structure comes from `ast`,
+positions from `tokenize`, both of the text with `\n` line ends: rows and columns are those of the file.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import json
+import re
+import sys
+import tokenize
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+#: UTF-8's byte order mark.
+BOM = b"\xef\xbb\xbf"
+#: What has a name, a header and a body.
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+#: What ends a line of Python; `str.splitlines` knows eight more, which are ordinary characters here.
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
+
+
+class Unreadable(Exception):
+    """The file is no Python that this interpreter reads; the message says why, in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One name in a signature."""
+
+    name: str
+    #: As written; None without.
+    annotation: str | None
+    #: "", "*" or "**".
+    stars: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Symbol:
+    """A module, class or function, and where its docstring is or would be."""
+
+    #: As in `__qualname__`: `A.f`, `f.<locals>.g`; "" is the module.
+    name: str
+    #: Number among the symbols of the same name, from 0: branches and overloads define a name twice.
+    twin: int
+    #: `module`, `class`, `function` or `method`.
+    kind: str
+    is_async: bool
+    #: Is defined inside a function.
+    is_nested: bool
+    #: First and last line, from 1, decorators not counted.
+    line: int
+    end_line: int
+    #: First character: that of the first decorator if there is one.
+    start: int
+    #: Where the lines of a docstring go; None for a body on the header's line, which has `one_line`.
+    insert_at: int | None
+    #: From after the colon to the body's first token; None for a block.
+    one_line: tuple[int, int] | None
+    #: White space before each line of the body.
+    indent: str
+    #: What ends the header's line.
+    newline: str
+    #: The line after `insert_at` is blank, or there is none.
+    is_blank_after: bool
+    #: The docstring's value; None without. One of white space alone counts as missing.
+    docstring: str | None
+    #: From the first quote to the last, with prefix and parentheses as the statement has them.
+    docstring_span: tuple[int, int] | None
+    #: Decorators as written, without `@`.
+    decorators: tuple[str, ...]
+    #: Base classes as written.
+    bases: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    returns: str | None
+    #: Whether a value is returned, or yielded, by the function itself.
+    gives_value: bool
+    yields: bool
+    #: Names of exceptions that are raised by the function itself, in order, once each.
+    raises: tuple[str, ...]
+    #: Statements of the body without the docstring, and whether all are `pass`, `...` or constants.
+    statements: int
+    is_trivial: bool
+
+    @property
+    def is_documented(self) -> bool:
+        """Whether there is a docstring that says something."""
+        return self.docstring is not None and self.docstring.strip() != ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One file."""
+
+    encoding: str
+    has_bom: bool
+    #: Without the byte order mark.
+    text: str
+    symbols: tuple[Symbol, ...]
+
+    def encoded(self, text: str) -> bytes:
+        """Return a text in this file's encoding.
+
+        Raises:
+            UnicodeEncodeError: the encoding lacks a character.
+        """
+        return (BOM if self.has_bom else b"") + text.encode(self.encoding)
+
+
+def scan(raw: bytes) -> Scan:
+    """Find the symbols of a file.
+
+    Raises:
+        Unreadable: unknown encoding, wrong bytes, or syntax that this interpreter does not know.
+    """
+    encoding, text = _decoded(raw)
+    has_bom = raw.startswith(BOM)
+    with warnings.catch_warnings():
+        # Of the user's own escapes and comparisons.
+        warnings.simplefilter("ignore")
+        try:
+            lines = _LINE.findall(text)
+            unix = "".join(_unix(line) for line in lines)
+            tree = ast.parse(unix)
+            tokens = list(tokenize.generate_tokens(io.StringIO(unix, newline="").readline))
+            symbols = tuple(_Finder(text, lines, unix, tokens).symbols(tree))
+        except (SyntaxError, ValueError, tokenize.TokenError) as err:
+            raise Unreadable(f"syntax: {getattr(err, 'msg', None) or err}") from err
+        except (RecursionError, MemoryError) as err:
+            raise Unreadable("nested too deeply for this interpreter") from err
+    return Scan(encoding, has_bom, text, symbols)
+
+
+def _decoded(raw: bytes) -> tuple[str, str]:
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+        encoding = "utf-8" if encoding == "utf-8-sig" else encoding
+        body = raw.removeprefix(BOM)
+        text = body.decode(encoding)
+    except (SyntaxError, LookupError, UnicodeDecodeError) as err:
+        raise Unreadable(f"encoding: {getattr(err, 'msg', None) or err}") from err
+    try:
+        is_same = text.encode(encoding) == body
+    except UnicodeError:
+        is_same = False
+    if not is_same:
+        raise Unreadable(f"encoding: {encoding} does not give the same bytes back")
+    return encoding, text
+
+
+def _unix(line: str) -> str:
+    return line.rstrip("\r\n") + "\n" if line.endswith(("\r", "\n")) else line
+
+
+class _Finder:
+    """Matches the tree's definitions with the tokens of their headers."""
+
+    def __init__(self, text: str, lines: list[str], unix: str, tokens: list[tokenize.TokenInfo]) -> None:
+        self._text = text
+        self._lines = lines
+        self._unix_lines = unix.split("\n")
+        self._tokens = tokens
+        self._starts = [0]
+        for line in lines:
+            self._starts.append(self._starts[-1] + len(line))
+        self._places = {token.start: place for place, token in enumerate(tokens)}
+        self._twins: dict[str, int] = {}
+
+    def symbols(self, tree: ast.Module) -> Iterator[Symbol]:
+        yield self._module(tree)
+        # Not recursive: generated code nests deeper than Python's stack.
+        waiting: list[tuple[ast.AST, str, bool, bool]] = [(tree, "", False, False)]
+        found: list[Symbol] = []
+        while waiting:
+            parent, prefix, in_class, in_function = waiting.pop()
+            for node in ast.iter_child_nodes(parent):
+                if not isinstance(node, DEFINITIONS):
+                    waiting.append((node, prefix, in_class, in_function))
+                    continue
+                name = prefix + node.name
+                found.append(self._symbol(node, name, in_class, in_function))
+                is_class = isinstance(node, ast.ClassDef)
+                inner = f"{name}." if is_class else f"{name}.<locals>."
+                waiting.append((node, inner, is_class, in_function or not is_class))
+        for symbol in sorted(found, key=lambda one: (one.line, one.start)):
+            twin = self._twins.get(symbol.name, 0)
+            self._twins[symbol.name] = twin + 1
+            yield dataclasses.replace(symbol, twin=twin) if twin else symbol
+
+    def _module(self, tree: ast.Module) -> Symbol:
+        value, span = self._docstring(tree)
+        first = next((t for t in self._tokens if t.type not in _QUIET), None)
+        # Below the first comments: shebang, coding, licence.
+        at = self._starts[first.start[0] - 1] if first is not None and tree.body else len(self._text)
+        return Symbol(
+            name="", twin=0, kind="module", is_async=False, is_nested=False,
+            line=1, end_line=len(self._lines), start=0, insert_at=at, one_line=None,
+            indent="", newline=self._newline(0), is_blank_after=False,
+            docstring=value, docstring_span=span,
+            decorators=(), bases=(), parameters=(), returns=None, gives_value=False, yields=False, raises=(),
+            statements=len(tree.body), is_trivial=_is_trivial(tree.body),
+        )  # fmt: skip
+
+    def _symbol(self, node: Any, name: str, in_class: bool, in_function: bool) -> Symbol:
+        is_class = isinstance(node, ast.ClassDef)
+        at = self._place(node)
+        colon = self._colon(at)
+        after = colon + 1
+        while self._tokens[after].type == tokenize.COMMENT:
+            after += 1
+        if self._tokens[after].type == tokenize.NEWLINE:
+            row = self._tokens[after].start[0]
+            insert_at: int | None = self._starts[row]
+            one_line = None
+            indent = self._indent(after)
+        else:
+            row = self._tokens[after].start[0]
+            insert_at = None
+            one_line = (self._offset(self._tokens[colon].end), self._offset(self._tokens[after].start))
+            indent = ""
+        value, span = self._docstring(node)
+        facts = _Facts(node)
+        first = min([node, *node.decorator_list], key=lambda one: (one.lineno, one.col_offset))
+        start = self._offset((first.lineno, self._column(first)))
+        if first is not node:
+            # Back to the `@`, which may be lines above in parentheses' company.
+            start = self._text.rindex("@", 0, start)
+        return Symbol(
+            name=name, twin=0,
+            kind="class" if is_class else "method" if in_class else "function",
+            is_async=isinstance(node, ast.AsyncFunctionDef), is_nested=in_function,
+            line=node.lineno, end_line=node.end_lineno, start=start,
+            insert_at=insert_at, one_line=one_line, indent=indent, newline=self._newline(row - 1),
+            is_blank_after=insert_at is not None and self._is_blank(row),
+            docstring=value, docstring_span=span,
+            decorators=tuple(ast.unparse(one) for one in node.decorator_list),
+            bases=tuple(ast.unparse(one) for one in node.bases) if is_class else (),
+            parameters=() if is_class else tuple(_parameters(node.args)),
+            returns=None if is_class or node.returns is None else ast.unparse(node.returns),
+            gives_value=facts.gives_value, yields=facts.yields, raises=facts.raises,
+            statements=len(node.body) - (value is not None),
+            is_trivial=_is_trivial(node.body),
+        )  # fmt: skip
+
+    def _place(self, node: Any) -> int:
+        """Return the place of the token `def`, `async` or `class`."""
+        return self._places[(node.lineno, self._column(node))]
+
+    def _colon(self, place: int) -> int:
+        """Return the place of the colon that ends a header."""
+        depth = lambdas = 0
+        while True:
+            token = self._tokens[place]
+            if token.type == tokenize.OP:
+                if token.string in "([{":
+                    depth += 1
+                elif token.string in ")]}":
+                    depth -= 1
+                elif token.string == ":" and depth == 0:
+                    if not lambdas:
+                        return place
+                    lambdas -= 1
+            elif token.type == tokenize.NAME and token.string == "lambda" and depth == 0:
+                lambdas += 1
+            place += 1
+
+    def _indent(self, place: int) -> str:
+        while self._tokens[place].type != tokenize.INDENT:
+            place += 1
+        # A form feed starts the columns anew.
+        return self._tokens[place].string.rpartition("\f")[2]
+
+    def _docstring(self, node: Any) -> tuple[str | None, tuple[int, int] | None]:
+        if not node.body or not isinstance(node.body[0], ast.Expr):
+            return None, None
+        value = node.body[0].value
+        if not isinstance(value, ast.Constant) or not isinstance(value.value, str):
+            return None, None
+        statement: Any = node.body[0]
+        start = self._offset((statement.lineno, self._column(statement)))
+        return value.value, (start, self._offset((statement.end_lineno, self._end_column(statement))))
+
+    def _column(self, node: Any) -> int:
+        return _characters(self._unix_lines[node.lineno - 1], node.col_offset)
+
+    def _end_column(self, node: Any) -> int:
+        return _characters(self._unix_lines[node.end_lineno - 1], node.end_col_offset)
+
+    def _offset(self, position: tuple[int, int]) -> int:
+        return self._starts[position[0] - 1] + position[1]
+
+    def _newline(self, row: int) -> str:
+        line = self._lines[row] if row < len(self._lines) else ""
+        return "\r\n" if line.endswith("\r\n") else line[-1:] if line.endswith(("\r", "\n")) else "\n"
+
+    def _is_blank(self, row: int) -> bool:
+        return row >= len(self._lines) or not self._lines[row].strip(" \t\f\r\n")
+
+
+#: Tokens before the first statement.
+_QUIET = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.ENCODING})
+
+
+def _characters(line: str, column: int) -> int:
+    """Turn a column in UTF-8 bytes, as `ast` counts, into one in characters."""
+    return column if line.isascii() else len(line.encode("utf-8", "surrogatepass")[:column].decode("utf-8"))
+
+
+class _Facts:
+    """What a function itself does: nested functions and classes do their own."""
+
+    def __init__(self, node: Any) -> None:
+        self.gives_value = self.yields = False
+        raises: dict[str, None] = {}
+        waiting: list[ast.AST] = list(reversed(node.body)) if isinstance(node, _FUNCTIONS) else []
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, ast.Return):
+                is_none = isinstance(one.value, ast.Constant) and one.value.value is None
+                self.gives_value |= one.value is not None and not is_none
+            elif isinstance(one, (ast.Yield, ast.YieldFrom)):
+                self.yields = True
+            elif isinstance(one, ast.Raise) and one.exc is not None:
+                error = one.exc.func if isinstance(one.exc, ast.Call) else one.exc
+                if isinstance(error, (ast.Name, ast.Attribute)) and _looks_like_class(error):
+                    raises[ast.unparse(error)] = None
+            if not isinstance(one, (*DEFINITIONS, ast.Lambda)):
+                waiting.extend(reversed(list(ast.iter_child_nodes(one))))
+        self.raises = tuple(raises)
+
+
+def _looks_like_class(error: ast.Name | ast.Attribute) -> bool:
+    # `raise err` names a variable.
+    name = error.id if isinstance(error, ast.Name) else error.attr
+    return name.lstrip("_")[:1].isupper()
+
+
+def _parameters(arguments: ast.arguments) -> Iterator[Parameter]:
+    groups: list[tuple[str, list[ast.arg]]] = [
+        ("", [*arguments.posonlyargs, *arguments.args]),
+        ("*", [arguments.vararg] if arguments.vararg else []),
+        ("", arguments.kwonlyargs),
+        ("**", [arguments.kwarg] if arguments.kwarg else []),
+    ]
+    for stars, members in groups:
+        for one in members:
+            annotation = None if one.annotation is None else ast.unparse(one.annotation)
+            yield Parameter(one.arg, annotation, stars)
+
+
+def _is_trivial(body: list[ast.stmt]) -> bool:
+    return all(
+        isinstance(one, ast.Pass) or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+        for one in body
+    )
+
+
+def from_json(document: dict[str, Any]) -> Scan:
+    """Return the scan that `python scanner.py` printed."""
+    symbols = []
+    for fields in document["symbols"]:
+        lists: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        lists["parameters"] = tuple(Parameter(**one) for one in fields["parameters"])
+        symbols.append(Symbol(**lists))
+    return Scan(document["encoding"], document["has_bom"], document["text"], tuple(symbols))
+
+
+def main() -> int:
+    """Scan standard input; print the scan, or why there is none."""
+    try:
+        document = dataclasses.asdict(scan(sys.stdin.buffer.read()))
+    except Unreadable as err:
+        document = {"error": str(err)}
+    sys.stdout.write(json.dumps(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
