@@ -20,7 +20,8 @@ from typing import Any, Self
 
 from codeherd_producer.client import Client
 from codeherd_schema.broker import Broker
-from codeherd_schema.errors import BrokerUnavailable
+from codeherd_schema.database import Database
+from codeherd_schema.errors import BrokerUnavailable, DatabaseUnavailable
 from codeherd_schema.requests import GenerateRequest
 from codeherd_schema.settings import SharedSettings, load
 from codeherd_schema.states import FINAL_STATES, JobState
@@ -205,9 +206,24 @@ class NullHerd:
             _send(pid, signal.SIGKILL)
 
     def freeze(self, name: str) -> None:
-        """Stop the workers of a launcher, or a dispatcher, in the middle of whatever they do."""
-        for pid in self.pids(name):
-            _send(pid, signal.SIGSTOP)
+        """Stop the workers of a launcher, or a dispatcher, wherever they are but in a write to SQLite."""
+        while True:
+            for pid in self.pids(name):
+                _send(pid, signal.SIGSTOP)
+            if self.is_writable():
+                return
+            self.thaw(name)
+
+    def is_writable(self) -> bool:
+        """Whether others can write: what stops in the middle of a write to SQLite holds the lock of all."""
+        database = Database.open(self.settings.database, timeout_s=2.0)
+        try:
+            with database.begin():
+                return True
+        except DatabaseUnavailable:
+            return False
+        finally:
+            database.close()
 
     def thaw(self, name: str) -> None:
         """Let frozen ones go on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -258,16 +259,27 @@ def test_f4_a_worker_frozen_longer_than_its_lease_gives_the_job_up(herd: NullHer
     assert_zombie_changed_nothing(herd, job.id, zombie)
 
 
+def frozen_at(herd: NullHerd, failpoint: str) -> tuple[Job, str, int]:
+    """Return a job whose worker stands still at a failpoint, the worker's name and its process id."""
+    while True:
+        point = herd.failpoint(failpoint)
+        [job] = submit(herd, "x")
+        wait_gone(point)
+        zombie = herd.worker_of(job.id)
+        [pid] = herd.pids(zombie)
+        wait_until(partial(is_stopped, pid), f"{zombie} to stand still")
+        if herd.is_writable():
+            return job, zombie, pid
+        # Another of its threads was in the middle of a write.
+        os.kill(pid, signal.SIGCONT)
+        herd.wait_state([job.id], JobState.SUCCEEDED)
+
+
 @pytest.mark.parametrize("failpoint", ["stop-after-claim", "stop-before-succeed"])
 def test_f4_a_zombie_that_wakes_up_at_the_worst_moment_commits_nothing(
     herd: NullHerd, failpoint: str
 ) -> None:
-    point = herd.failpoint(failpoint)
-    [job] = submit(herd, "x")
-    wait_gone(point)
-    zombie = herd.worker_of(job.id)
-    [pid] = herd.pids(zombie)
-    wait_until(lambda: is_stopped(pid), f"{zombie} to stand still")
+    job, zombie, pid = frozen_at(herd, failpoint)
     herd.wait_state([job.id], JobState.SUCCEEDED)
 
     os.kill(pid, signal.SIGCONT)

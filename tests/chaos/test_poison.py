@@ -202,8 +202,8 @@ def test_f19_an_engine_that_breaks_gives_its_neighbours_back_and_starts_anew(her
     assert (ended.state, ended.error_code, ended.crash_count) == (JobState.DEAD, "engine_failed", 0)
     assert herd.outcomes(breaking.id) == ["retry", "bury"]
     for job in neighbours:
-        given_back = row(herd, job)
-        assert (given_back.attempt, given_back.crash_count) == (1, 0)
-        assert ends(herd, job) == ["succeed"]
-        assert "release" in herd.outcomes(job.id)
+        assert row(herd, job).crash_count == 0
+        # Given back by the stop, or failed by the engine when that broke for the second time.
+        assert herd.outcomes(job.id)[-1] == "succeed"
+        assert {"release"} <= {*herd.outcomes(job.id)} <= {"release", "retry", "succeed"}
     assert herd.pids("one") != [pid]
