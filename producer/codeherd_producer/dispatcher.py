@@ -8,7 +8,9 @@ A hint can be lost in two ways:
 
     never sent (broker away, producer died)          sent at the next tick, for it was never marked
     gone (Redis forgot; taken by a worker that died) more jobs wait for a claim than the queue has messages:
-                                                     Redis is asked which it holds, the others are sent again
+                                                     Redis is asked which it holds; those that are missing for
+                                                     `republish_after_s`, and so are with no worker that is
+                                                     about to claim them, are sent again
 
 A hint too many costs a worker one failed claim.
 """
@@ -74,6 +76,8 @@ class Dispatcher:
         self._clock = clock
         self._chance = chance or random.Random()  # noqa: S311 -- spreads load, guards nothing
         self._reap_at = float("-inf")
+        # Queue -> job -> when its message was first missed in Redis.
+        self._missed: dict[str, dict[str, float]] = {}
         self._broker_rest = Rest(settings.dispatch_interval_s)
         self._database_rest = Rest(settings.dispatch_interval_s)
 
@@ -174,12 +178,17 @@ class Dispatcher:
         return _Sent(len(hints), is_starved=is_drained and len(hints) == room)
 
     def _find_lost(self, queue: str, waiting: int) -> None:
-        older_s = self._settings.republish_after_s
-        if self._store.unclaimed(queue, older_s=older_s) <= waiting:
+        """Owe again what is neither in Redis nor claimed, and was neither a while ago."""
+        unclaimed = self._store.unclaimed(queue)
+        if len(unclaimed) <= waiting:
+            self._missed.pop(queue, None)
             return
-        lost = self._store.owe_again(queue, older_s=older_s, held=self._broker.hinted(queue))
+        now, before = self._clock(), self._missed.get(queue, {})
+        missed = {job_id: before.get(job_id, now) for job_id in unclaimed - self._broker.hinted(queue)}
+        lost = {job_id for job_id, at in missed.items() if now - at >= self._settings.republish_after_s}
+        self._missed[queue] = {job_id: at for job_id, at in missed.items() if job_id not in lost}
         if lost:
-            logger.warning("hints_lost queue=%s count=%d", queue, lost)
+            logger.warning("hints_lost queue=%s count=%d", queue, self._store.owe_again(lost))
 
     def _send(self, hints: Sequence[Hint]) -> None:
         try:

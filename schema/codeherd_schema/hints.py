@@ -31,6 +31,17 @@ from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.submissions import IN_LIST
 from codeherd_schema.tables import is_due, jobs, pauses, state_is
 
+
+def _is_unclaimed() -> ColumnElement[bool]:
+    return and_(state_is(JobState.QUEUED), jobs.c.published_at.is_not(None))
+
+
+_OWE_AGAIN: Final = (
+    update(jobs)
+    .where(jobs.c.id.in_(bindparam("these_jobs", expanding=True)), _is_unclaimed())
+    .values(published_at=None)
+    .returning(jobs.c.id)
+)
 #: The last of the priorities.
 LEAST_URGENT: Final = 9
 _MARK: Final = (
@@ -129,43 +140,31 @@ class Hints:
         if rows:
             self._database.write(lambda connection: connection.execute(statement, rows), fleeting=True)
 
-    def unclaimed(self, queue: str, *, older_s: float) -> int:
-        """Count the jobs of `queue` that wait although a hint was sent more than `older_s` seconds ago."""
-        statement = select(func.count()).select_from(jobs).where(_is_unclaimed(queue, older_s))
+    def unclaimed(self, queue: str) -> frozenset[str]:
+        """Return the ids of the jobs of `queue` that wait although a hint was sent: a few windows at most."""
+        statement = select(jobs.c.id).where(_is_unclaimed(), jobs.c.queue == queue)
         with self._database.read() as connection:
-            return connection.execute(statement).scalar_one()
+            return frozenset(connection.scalars(statement))
 
-    def owe_again(self, queue: str, *, older_s: float, held: Collection[str]) -> int:
-        """Owe another hint for the jobs that `unclaimed` counts, except those that the broker holds.
+    def owe_again(self, job_ids: Collection[str]) -> int:
+        """Owe another hint for those of the jobs that still wait for a claim; return how many.
 
-        Args:
-            queue: whose jobs.
-            older_s: as in `unclaimed`.
-            held: ids of jobs whose hints are in the broker.
-
-        Returns:
-            How many hints were lost.
+        Their hints were lost. Of one that was not, a worker will find the job taken.
         """
+        ids = sorted(job_ids)
 
         def work(connection: Connection) -> int:
-            waiting = connection.scalars(select(jobs.c.id).where(_is_unclaimed(queue, older_s)))
-            lost = sorted(set(waiting) - set(held))
-            for start in range(0, len(lost), IN_LIST):
-                # The condition again: a claim, or another dispatcher's hint, may have come between.
-                named = and_(jobs.c.id.in_(lost[start : start + IN_LIST]), _is_unclaimed(queue, older_s))
-                connection.execute(update(jobs).where(named).values(published_at=None))
-            return len(lost)
+            return sum(
+                len(connection.execute(_OWE_AGAIN, {"these_jobs": ids[start : start + IN_LIST]}).all())
+                for start in range(0, len(ids), IN_LIST)
+            )
 
-        return self._database.write(work, fleeting=True)
+        return self._database.write(work, fleeting=True) if ids else 0
 
     def queues_with_work(self) -> list[str]:
         """Return the queues that hold queued jobs, due or not."""
         with self._database.read() as connection:
             return [str(queue) for queue in _stepped(connection, jobs.c.queue)]
-
-
-def _is_unclaimed(queue: str, older_s: float) -> ColumnElement[bool]:
-    return and_(state_is(JobState.QUEUED), jobs.c.queue == queue, jobs.c.published_at <= now() - older_s)
 
 
 def _scopes_of(lane: str) -> set[tuple[str, str]]:

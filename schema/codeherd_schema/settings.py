@@ -114,7 +114,7 @@ class SharedSettings(Frozen):
     reap_interval_s: float = Field(default=5.0, gt=0, le=600)
     #: Seconds between two looks for jobs to publish.
     dispatch_interval_s: float = Field(default=0.5, gt=0, le=60)
-    #: Seconds after which a published job that nobody claimed is published again if Redis has lost it.
+    #: Seconds after which a published job is published again that nobody claimed and Redis no longer holds.
     republish_after_s: float = Field(default=3.0, gt=0, le=86_400)
     #: Most messages per queue in Redis that are as urgent as another or more; the rest waits in SQL, where
     #: priority is decided.

@@ -230,10 +230,8 @@ class World:
             and not self.is_paused(job)
         )
 
-    def is_unclaimed(self, job: ModelJob, older_s: float) -> bool:
-        return (
-            job.state == "queued" and job.published_at is not None and job.published_at <= self.now - older_s
-        )
+    def is_unclaimed(self, job: ModelJob) -> bool:
+        return job.state == "queued" and job.published_at is not None
 
     # Moves.
 
@@ -517,18 +515,17 @@ class StoreMachine(RuleBasedStateMachine):
     def dispatch(self, queue: str, limit: int) -> None:
         self._due(queue, limit)
 
-    @rule(queue=st.sampled_from(QUEUES), older_s=st.sampled_from([0, seconds(0), seconds(1)]), nths=some)
-    def lose_hints(self, queue: str, older_s: int, nths: list[int]) -> None:
-        held = {self._id(nth) for nth in nths}
-        there = [job for job in self.world.jobs.values() if job.queue == queue]
-        unclaimed = [job for job in there if self.world.is_unclaimed(job, older_s)]
-        lost = [job for job in unclaimed if job.id not in held]
+    @rule(queue=st.sampled_from(QUEUES), nths=some)
+    def lose_hints(self, queue: str, nths: list[int]) -> None:
+        lost = {self._id(nth) for nth in nths} | {NOBODY}
+        hinted = [job for job in self.world.jobs.values() if self.world.is_unclaimed(job)]
 
-        assert self.store.unclaimed(queue, older_s=older_s) == len(unclaimed)
-        assert self.store.owe_again(queue, older_s=older_s, held=held) == len(lost)
+        assert self.store.unclaimed(queue) == {job.id for job in hinted if job.queue == queue}
+        assert self.store.owe_again(lost) == sum(job.id in lost for job in hinted)
 
-        for job in lost:
-            job.published_at = None
+        for job in hinted:
+            if job.id in lost:
+                job.published_at = None
 
     def _due(self, queue: str, limit: int) -> list[Hint]:
         there = [job for job in self.world.jobs.values() if job.queue == queue]
