@@ -175,8 +175,10 @@ def test_f21_a_small_tenant_gets_its_share_beside_a_backlog_of_the_same_priority
         herd.wait_state(small, JobState.SUCCEEDED)
         overtaken_by = started_between(site, released_at, small)
 
-    # A window of hints that were there before, and from then on one for one.
-    assert overtaken_by <= WINDOW + len(small) + 2 * RUNNING
+    # What was hinted at before, and from then on a share: places go by what each tenant holds at the moment,
+    # so one whose jobs end sooner than the other's may get some more. In the order of submission it would
+    # have been all hundred thousand.
+    assert overtaken_by <= WINDOW + RUNNING + 3 * len(small)
     assert gauge.most <= WINDOW
     herd.check([*small, *started(site)])
 
