@@ -176,8 +176,8 @@ def test_f21_a_small_tenant_gets_its_share_beside_a_backlog_of_the_same_priority
         overtaken_by = started_between(site, released_at, small)
 
     # What was hinted at before, and from then on a share: places go by what each tenant holds at the moment,
-    # so one whose jobs end sooner than the other's may get some more. In the order of submission it would
-    # have been all hundred thousand.
+    # so one whose jobs end sooner may get some more. 46 to 95 were seen; three for one is generous, and far
+    # from the hundred thousand of an order by submission. What is exact of the shares is in `test_lanes`.
     assert overtaken_by <= WINDOW + RUNNING + 3 * len(small)
     assert gauge.most <= WINDOW
     herd.check([*small, *started(site)])
