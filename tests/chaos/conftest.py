@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from codeherd_schema.migrations import upgrade
-from tests.services import PostgresServer, RedisServer
+from tests.chaos.null_herd import NullHerd
+from tests.services import PostgresServer, RedisServer, wait_until
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
@@ -34,3 +35,11 @@ def module_redis() -> Iterator[RedisServer]:
     """A Redis for all tests of a module, which may pause it."""
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture
+def herd(shared_herd: NullHerd) -> Iterator[NullHerd]:
+    """The herd that a module's tests share, each of which gets it whole."""
+    shared_herd.mend()
+    yield shared_herd
+    wait_until(lambda: shared_herd.strays() == [], "lost processes to end")

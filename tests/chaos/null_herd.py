@@ -12,17 +12,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from codeherd_producer.client import Client
+from codeherd_producer.client import Client, Job
 from codeherd_schema.broker import Broker
 from codeherd_schema.database import Database
 from codeherd_schema.errors import BrokerUnavailable, DatabaseUnavailable
-from codeherd_schema.requests import GenerateRequest
+from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.settings import SharedSettings, load
 from codeherd_schema.states import FINAL_STATES, JobState
 from codeherd_schema.store import Store
@@ -314,6 +314,17 @@ class NullHerd:
                 start_new_session=True,
             )
         self._starts[name] = count + 1
+
+
+def submit(herd: NullHerd, *prompts: str) -> list[Job]:
+    """Submit a short job for each prompt."""
+    sampling = Sampling(max_new_tokens=4)
+    return herd.client.submit_many([GenerateRequest(prompt=text, sampling=sampling) for text in prompts])
+
+
+def ids(jobs: Sequence[Job]) -> list[str]:
+    """Return the ids of jobs."""
+    return [job.id for job in jobs]
 
 
 def held(path: Path, text: str = "") -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,8 @@ import pytest
 
 from codeherd_producer.client import Job
 from codeherd_schema.queues import queue_name
-from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import JobState
-from tests.chaos.null_herd import NullHerd, held, is_stopped
+from tests.chaos.null_herd import NullHerd, held, ids, is_stopped, submit
 from tests.services import RedisServer, wait_until
 
 #: For what happens between Redis and workers alone.
@@ -42,22 +41,6 @@ def shared_herd(
     with herd:
         yield herd
     assert herd.strays() == []
-
-
-@pytest.fixture
-def herd(shared_herd: NullHerd) -> Iterator[NullHerd]:
-    shared_herd.mend()
-    yield shared_herd
-    wait_until(lambda: shared_herd.strays() == [], "lost processes to end")
-
-
-def submit(herd: NullHerd, *prompts: str) -> list[Job]:
-    sampling = Sampling(max_new_tokens=4)
-    return herd.client.submit_many([GenerateRequest(prompt=text, sampling=sampling) for text in prompts])
-
-
-def ids(jobs: Sequence[Job]) -> list[str]:
-    return [job.id for job in jobs]
 
 
 def crashes(herd: NullHerd, job_id: str) -> tuple[int, int]:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
 from codeherd_producer.client import Job
-from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import FINAL_STATES, JobState
 from codeherd_schema.store import Job as Row
-from tests.chaos.null_herd import NullHerd, held
+from tests.chaos.null_herd import NullHerd, held, ids, submit
 from tests.services import RedisServer, wait_until
 
 #: For what happens inside a worker, whatever database it speaks to.
@@ -45,22 +44,6 @@ def shared_herd(
     with herd:
         yield herd
     assert herd.strays() == []
-
-
-@pytest.fixture
-def herd(shared_herd: NullHerd) -> Iterator[NullHerd]:
-    shared_herd.mend()
-    yield shared_herd
-    wait_until(lambda: shared_herd.strays() == [], "lost processes to end")
-
-
-def submit(herd: NullHerd, *prompts: str) -> list[Job]:
-    sampling = Sampling(max_new_tokens=4)
-    return herd.client.submit_many([GenerateRequest(prompt=text, sampling=sampling) for text in prompts])
-
-
-def ids(jobs: Sequence[Job]) -> list[str]:
-    return [job.id for job in jobs]
 
 
 def row(herd: NullHerd, job: Job) -> Row:

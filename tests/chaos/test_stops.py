@@ -21,10 +21,9 @@ from codeherd_producer.client import Job
 from codeherd_schema.broker import make_app
 from codeherd_schema.database import Database
 from codeherd_schema.queues import queue_name
-from codeherd_schema.requests import GenerateRequest, Sampling
 from codeherd_schema.states import JobState
 from codeherd_schema.transport import hint_id
-from tests.chaos.null_herd import NullHerd, held
+from tests.chaos.null_herd import NullHerd, held, ids, submit
 from tests.services import RedisServer, wait_until
 
 #: For what the database has no part in.
@@ -51,22 +50,6 @@ def shared_herd(
     with herd:
         yield herd
     assert herd.strays() == []
-
-
-@pytest.fixture
-def herd(shared_herd: NullHerd) -> Iterator[NullHerd]:
-    shared_herd.mend()
-    yield shared_herd
-    wait_until(lambda: shared_herd.strays() == [], "lost processes to end")
-
-
-def submit(herd: NullHerd, *prompts: str) -> list[Job]:
-    sampling = Sampling(max_new_tokens=4)
-    return herd.client.submit_many([GenerateRequest(prompt=text, sampling=sampling) for text in prompts])
-
-
-def ids(jobs: Sequence[Job]) -> list[str]:
-    return [job.id for job in jobs]
 
 
 def flood(herd: NullHerd) -> tuple[list[Job], list[Job], list[Job]]:
