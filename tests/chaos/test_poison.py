@@ -34,6 +34,8 @@ def shared_herd(
         slots=SLOTS,
         step_s=0.005,
         variables={
+            # Twice the usual: a job that lost its worker once would be buried by a mere pause of the machine.
+            "CODEHERD_LEASE_S": "6",
             "CODEHERD_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
             "CODEHERD_MAX_CRASHES": str(MAX_CRASHES),
             "CODEHERD_REPUBLISH_AFTER_S": "1",

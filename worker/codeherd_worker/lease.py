@@ -45,25 +45,25 @@ class Heartbeat:
 
     def beat(self) -> None:
         """Renew every lease once, and act on the answers."""
-        runs = self._running.claimed()
+        runs = {held.claim.lease_id: (run, held) for run, held in self._running.held()}
         if not runs:
             return
         asked_at = self._clock()
-        claims = {run.claim.lease_id: (run, run.claim) for run in runs if run.claim is not None}
         try:
-            beats = self._store.heartbeat([claim for _, claim in claims.values()], lease_s=self._lease_s)
+            beats = self._store.heartbeat([held.claim for _, held in runs.values()], lease_s=self._lease_s)
         except DatabaseUnavailable as err:
-            logger.warning("heartbeat_failed claims=%d reason=%s", len(claims), err)
+            logger.warning("heartbeat_failed claims=%d reason=%s", len(runs), err)
             return
-        for lease_id, (run, claim) in claims.items():
+        for lease_id, (run, held) in runs.items():
             beat = beats.get(lease_id)
             if beat is None:
-                # Also true for a job that was committed a moment ago: its token no longer matters.
-                run.token.cancel(CancelReason.LEASE_LOST)
+                # One that is ending here learns from its commit, and the thread may go on to another claim.
+                if not held.is_ending:
+                    run.token.cancel(CancelReason.LEASE_LOST)
                 continue
-            run.safe_until = self.safe_until(asked_at)
+            held.safe_until = self.safe_until(asked_at)
             if beat.cancel_requested:
-                logger.info("job_cancel_noticed job_id=%s", claim.job.id)
+                logger.info("job_cancel_noticed job_id=%s", held.claim.job.id)
                 run.token.cancel(CancelReason.USER)
             elif beat.deadline_passed:
                 run.token.cancel(CancelReason.DEADLINE)
@@ -71,7 +71,7 @@ class Heartbeat:
     def give_up_overdue(self) -> None:
         """Stop what holds a lease that may be another's by now; also while a beat waits for its answer."""
         now = self._clock()
-        for run in self._running.claimed():
-            if run.claim is not None and now >= run.safe_until:
-                logger.error("lease_given_up job_id=%s", run.claim.job.id)
+        for run, held in self._running.held():
+            if now >= held.safe_until and not held.is_ending:
+                logger.error("lease_given_up job_id=%s", held.claim.job.id)
                 run.token.cancel(CancelReason.LEASE_LOST)

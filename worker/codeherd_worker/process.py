@@ -171,7 +171,7 @@ class WorkerProcess:
 
     def drain(self) -> None:
         """Take no more jobs, and release what still runs when the drain's time is over."""
-        logger.info("draining running=%d", len(self.running.claimed()))
+        logger.info("draining running=%d", len(self.running.held()))
         self._runner.drain()
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
@@ -190,13 +190,13 @@ class WorkerProcess:
 
     def _drain(self) -> None:
         end = time.monotonic() + self.settings.worker_drain_timeout_s
-        while not self.hurry and time.monotonic() < end and self.running.claimed():
+        while not self.hurry and time.monotonic() < end and self.running.held():
             if self._closing.wait(DRAIN_CHECK_S):
                 break
         released = self.running.cancel_all(CancelReason.DRAIN)
         logger.info("drained released=%d", released)
         if not self._closed.wait(self.settings.lease_s + CLOSE_TIMEOUT_S):
-            logger.critical("stop_stuck running=%d", len(self.running.claimed()))
+            logger.critical("stop_stuck running=%d", len(self.running.held()))
             os._exit(STUCK_STATUS)
 
     def _engine_broke(self) -> None:

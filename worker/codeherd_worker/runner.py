@@ -34,7 +34,7 @@ from codeherd_worker.engine.vocabulary import Vocabulary
 from codeherd_worker.generator import Generator
 from codeherd_worker.lease import SAFE_SHARE
 from codeherd_worker.quarantine import Quarantine
-from codeherd_worker.running import Run, Running
+from codeherd_worker.running import Held, Run, Running
 from codeherd_worker.summary import job_summary, no_result
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,8 @@ class Runner:
                 return no_result("not claimable")
             if not is_last_chance(claim, max_crashes=self._max_crashes):
                 return self._attempt(run, claim)
-            self._set_apart(run, claim)
+            if self._set_apart(run, claim) is Commit.LOST:
+                return no_result("lease lost")
         with self._quarantine.alone() as may:
             claim = self._claim(run, job_id) if may else None
             return no_result("not claimable") if claim is None else self._attempt(run, claim)
@@ -134,17 +135,16 @@ class Runner:
         if claim is None:
             logger.debug("hint_dropped job_id=%s", job_id)
             return None
-        run.safe_until = asked_at + self._lease_s * SAFE_SHARE
-        run.claim = claim
+        run.held = Held(claim, asked_at + self._lease_s * SAFE_SHARE)
         logger.info(
             "job_claimed job_id=%s kind=%s attempt=%d queue_wait_s=%.3f",
             job_id, claim.job.kind, claim.attempt, claim.queue_s,
         )  # fmt: skip
         return claim
 
-    def _set_apart(self, run: Run, claim: Claim) -> None:
+    def _set_apart(self, run: Run, claim: Claim) -> Commit:
         # Back in the queue while it waits for its turn: what happens here meanwhile is not its fault.
-        self._commit(run, claim, lambda: self._store.release(claim), "set apart")
+        return self._commit(run, claim, lambda: self._store.release(claim), "set apart")
 
     def _attempt(self, run: Run, claim: Claim) -> dict[str, Any]:
         claimed_at = self._clock()
@@ -292,18 +292,21 @@ class Runner:
 
     def _commit(self, run: Run, claim: Claim, move: Callable[[], Commit], outcome: str) -> Commit:
         """Store an outcome, trying as long as the lease surely holds; then another worker runs the job."""
+        held = run.held
+        if held is None or held.claim is not claim:
+            raise ValueError("a claim that this thread does not hold")
+        held.is_ending = True
         while True:
             try:
                 commit = move()
                 break
             except DatabaseUnavailable as err:
-                if self._clock() >= run.safe_until:
+                if self._clock() >= held.safe_until:
                     logger.error("outcome_lost job_id=%s outcome=%s reason=%s", claim.job.id, outcome, err)
                     commit = Commit.LOST
                     break
                 self._pause.wait(STORE_RETRY_S)
-        # From here the heartbeat must not renew, nor miss, a lease that is given back.
-        run.claim = None
+        run.held = None
         logger.info(
             "job_stored job_id=%s attempt=%d outcome=%s commit=%s",
             claim.job.id, claim.attempt, outcome.replace(" ", "_"), commit,

@@ -14,15 +14,24 @@ from codeherd_schema.store import Claim
 from codeherd_worker.engine.stopping import CancelReason, CancelToken
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Held:
+    """A claim while this process holds it."""
+
+    claim: Claim
+    #: `time.monotonic()` until which the lease surely holds.
+    safe_until: float
+    #: From before its end is stored: from then on a missing lease may be one that was given back here.
+    is_ending: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Run:
     """One busy thread."""
 
     token: CancelToken
     #: None until the job is claimed, and for a message whose job could not be claimed.
-    claim: Claim | None = None
-    #: `time.monotonic()` until which the lease surely holds.
-    safe_until: float = 0.0
+    held: Held | None = None
 
 
 class Running:
@@ -48,10 +57,10 @@ class Running:
         with self._lock:
             return self._runs[threading.get_ident()]
 
-    def claimed(self) -> list[Run]:
-        """Return the runs that hold a claim."""
+    def held(self) -> list[tuple[Run, Held]]:
+        """Return the runs that hold a claim, each with what it holds."""
         with self._lock:
-            return [run for run in self._runs.values() if run.claim is not None]
+            return [(run, run.held) for run in self._runs.values() if run.held is not None]
 
     def cancel_thread(self, ident: int, reason: CancelReason) -> bool:
         """Stop what runs on one thread; False if that thread is free."""
@@ -63,7 +72,7 @@ class Running:
 
     def cancel_job(self, job_id: str, reason: CancelReason) -> bool:
         """Stop one job; False if it does not run here."""
-        return self._cancel(reason, lambda run: run.claim is not None and run.claim.job.id == job_id) > 0
+        return self._cancel(reason, lambda run: _holds(run, job_id)) > 0
 
     def cancel_all(self, reason: CancelReason) -> int:
         """Stop everything; returns how many were told."""
@@ -75,3 +84,8 @@ class Running:
         for run in runs:
             run.token.cancel(reason)
         return len(runs)
+
+
+def _holds(run: Run, job_id: str) -> bool:
+    held = run.held
+    return held is not None and held.claim.job.id == job_id

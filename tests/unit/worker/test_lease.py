@@ -1,5 +1,6 @@
+import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,10 @@ from sqlalchemy import text
 
 from codeherd_schema.database import Database
 from codeherd_schema.requests import GenerateRequest
-from codeherd_schema.store import Claim, Store
+from codeherd_schema.store import Beat, Claim, Store
 from codeherd_worker.engine.stopping import CancelReason
 from codeherd_worker.lease import SAFE_SHARE, Heartbeat
-from codeherd_worker.running import Run, Running
+from codeherd_worker.running import Held, Run, Running
 
 LEASE_S = 30.0
 
@@ -31,13 +32,13 @@ def running() -> Iterator[Running]:
     running.leave()
 
 
-def claimed(store: Store, running: Running, *, lease_s: float = LEASE_S) -> tuple[Run, Claim]:
+def claimed(store: Store, running: Running, *, lease_s: float = LEASE_S) -> tuple[Run, Held]:
     [submitted] = store.submit([GenerateRequest(prompt="x")])
     claim = store.claim(submitted.job_id, worker_id="w", lease_s=lease_s)
     assert claim is not None
     run = running.current()
-    run.claim = claim
-    return run, claim
+    run.held = Held(claim, Clock().now + LEASE_S * SAFE_SHARE)
+    return run, run.held
 
 
 def heartbeat(store: Store, running: Running, clock: Clock) -> Heartbeat:
@@ -45,24 +46,26 @@ def heartbeat(store: Store, running: Running, clock: Clock) -> Heartbeat:
 
 
 def test_a_beat_renews_the_lease_and_moves_the_safe_time(store: Store, running: Running) -> None:
-    run, claim = claimed(store, running, lease_s=1.0)
-    before = store.get(claim.job.id)
+    run, held = claimed(store, running, lease_s=1.0)
+    before = store.get(held.claim.job.id)
     assert before is not None
 
-    heartbeat(store, running, Clock()).beat()
+    clock = Clock()
+    clock.now += 1.0
+    heartbeat(store, running, clock).beat()
 
-    after = store.get(claim.job.id)
+    after = store.get(held.claim.job.id)
     assert after is not None
     assert before.lease_until is not None
     assert after.lease_until is not None
     assert (after.lease_until - before.lease_until).total_seconds() > LEASE_S / 2
-    assert run.safe_until == 1000.0 + LEASE_S * SAFE_SHARE
+    assert held.safe_until == 1001.0 + LEASE_S * SAFE_SHARE
     assert run.token.reason is None
 
 
 def test_a_cancel_comes_back_with_the_beat(store: Store, running: Running) -> None:
-    run, claim = claimed(store, running)
-    store.request_cancel(claim.job.id)
+    run, held = claimed(store, running)
+    store.request_cancel(held.claim.job.id)
 
     heartbeat(store, running, Clock()).beat()
 
@@ -70,9 +73,9 @@ def test_a_cancel_comes_back_with_the_beat(store: Store, running: Running) -> No
 
 
 def test_a_job_that_another_worker_took_is_stopped(store: Store, running: Running) -> None:
-    run, claim = claimed(store, running, lease_s=-1.0)
+    run, held = claimed(store, running, lease_s=-1.0)
     store.reap(max_crashes=3)
-    assert store.claim(claim.job.id, worker_id="other", lease_s=LEASE_S) is not None
+    assert store.claim(held.claim.job.id, worker_id="other", lease_s=LEASE_S) is not None
 
     heartbeat(store, running, Clock()).beat()
 
@@ -85,7 +88,6 @@ def test_without_the_database_a_job_is_given_up_before_its_lease_ends(
     store = Store.open(sqlite_url)
     clock = Clock()
     run, _ = claimed(store, running)
-    run.safe_until = clock.now + LEASE_S * SAFE_SHARE
     beats = heartbeat(store, running, clock)
     store.close()
     (tmp_path / "codeherd.db").rename(tmp_path / "away.db")
@@ -106,7 +108,6 @@ def test_a_beat_that_waits_for_its_answer_keeps_nobody_from_giving_up(
 ) -> None:
     clock = Clock()
     run, _ = claimed(store, running)
-    run.safe_until = clock.now + LEASE_S * SAFE_SHARE
     beats = heartbeat(store, running, clock)
     blocker = Database.open(database_url)
     beat = threading.Thread(target=beats.beat)
@@ -121,4 +122,32 @@ def test_a_beat_that_waits_for_its_answer_keeps_nobody_from_giving_up(
     blocker.close()
 
     # The beat did renew it in the end; the attempt stays given up, for somebody may have seen it end.
+    assert run.token.reason is CancelReason.LEASE_LOST
+
+
+def test_a_beat_that_misses_a_lease_given_back_here_does_not_stop_what_the_thread_does_next(
+    store: Store, running: Running, database_url: str
+) -> None:
+    """A job that is set apart goes on in the same thread under another lease, while the beat is under way."""
+    run, first = claimed(store, running)
+
+    class GivesBack(Store):
+        def heartbeat(self, claims: Collection[Claim], *, lease_s: float) -> dict[str, Beat]:
+            first.is_ending = True
+            store.release(first.claim)
+            answer = super().heartbeat(claims, lease_s=lease_s)
+            again = store.claim(first.claim.job.id, worker_id="w", lease_s=LEASE_S)
+            assert again is not None
+            run.held = Held(again, first.safe_until)
+            return answer
+
+    with contextlib.closing(GivesBack.open(database_url)) as gives_back:
+        heartbeat(gives_back, running, Clock()).beat()
+    second = run.held
+    assert second is not None
+    assert second is not first
+    assert run.token.reason is None
+
+    store.release(second.claim)
+    heartbeat(store, running, Clock()).beat()
     assert run.token.reason is CancelReason.LEASE_LOST

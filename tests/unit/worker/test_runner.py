@@ -230,7 +230,7 @@ def test_a_stop_ends_the_job_as_its_reason_says(
 ) -> None:
     job_id = bench.submit(GenerateRequest(prompt="def f(", sampling=LONG))
     thread = bench.start(job_id)
-    wait_until(lambda: bool(bench.running.claimed()), "the claim")
+    wait_until(lambda: bool(bench.running.held()), "the claim")
 
     bench.running.cancel_job(job_id, reason)
     thread.join(60)
@@ -246,7 +246,7 @@ def test_a_stop_ends_the_job_as_its_reason_says(
 def test_a_zombie_stores_nothing(bench: Bench) -> None:
     job_id = bench.submit(GenerateRequest(prompt="def f(", sampling=LONG))
     thread = bench.start(job_id)
-    wait_until(lambda: bool(bench.running.claimed()), "the claim")
+    wait_until(lambda: bool(bench.running.held()), "the claim")
 
     bench.running.cancel_job(job_id, CancelReason.LEASE_LOST)
     thread.join(60)

@@ -54,4 +54,4 @@ def test_only_claimed_jobs_can_be_cancelled_by_id() -> None:
     running.enter()
 
     assert not running.cancel_job("some-id", CancelReason.USER)
-    assert running.claimed() == []
+    assert running.held() == []
