@@ -107,10 +107,11 @@ class AsyncClient:
         return AsyncJob(self, await asyncio.to_thread(self._client.submit, request))
 
     async def submit_many(
-        self, requests: Iterable[Request], *, batch_id: str | None = None
+        self, requests: Iterable[Request], *, batch_id: str | None = None, run_id: str | None = None
     ) -> list[AsyncJob]:
         """Queue many jobs; see `Client.submit_many`. The iterable is read in another thread."""
-        jobs = await asyncio.to_thread(self._client.submit_many, requests, batch_id=batch_id)
+        submit = self._client.submit_many
+        jobs = await asyncio.to_thread(submit, requests, batch_id=batch_id, run_id=run_id)
         return [AsyncJob(self, job) for job in jobs]
 
     async def row(self, job_id: str) -> store.Job:

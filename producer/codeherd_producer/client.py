@@ -173,7 +173,9 @@ class Client:
         [job] = self._insert([request], self._accept([request], queued=None), connection=connection)
         return job
 
-    def submit_many(self, requests: Iterable[Request], *, batch_id: str | None = None) -> list[Job]:
+    def submit_many(
+        self, requests: Iterable[Request], *, batch_id: str | None = None, run_id: str | None = None
+    ) -> list[Job]:
         """Queue many jobs and return their handles in order.
 
         A list or tuple is judged as a whole before anything is queued. Any other iterable is read,
@@ -184,6 +186,7 @@ class Client:
         Args:
             requests: what to do.
             batch_id: what the jobs belong to, for filters.
+            run_id: the backfill or review that they belong to, to be paused as a whole.
 
         Raises:
             InvalidRequest: names the place of the first wrong request and how many were queued.
@@ -194,11 +197,12 @@ class Client:
             models = self._accept(requests, queued=0)
             for start in range(0, len(requests), CHUNK):
                 part = slice(start, start + CHUNK)
-                handles += self._insert(requests[part], models[part], batch_id=batch_id)
+                handles += self._insert(requests[part], models[part], batch_id=batch_id, run_id=run_id)
             return handles
         remaining = iter(requests)
         while chunk := list(itertools.islice(remaining, CHUNK)):
-            handles += self._insert(chunk, self._accept(chunk, queued=len(handles)), batch_id=batch_id)
+            models = self._accept(chunk, queued=len(handles))
+            handles += self._insert(chunk, models, batch_id=batch_id, run_id=run_id)
         return handles
 
     def _insert(
@@ -208,6 +212,7 @@ class Client:
         *,
         connection: Connection | None = None,
         batch_id: str | None = None,
+        run_id: str | None = None,
     ) -> list[Job]:
         # One name per model in the rows, whichever way the request spelled it.
         named = [
@@ -220,6 +225,7 @@ class Client:
             queue_of=lambda request: queue_name(request.model),
             connection=connection,
             batch_id=batch_id,
+            run_id=run_id,
         )
         if connection is None:
             fresh = [(s.job_id, r) for s, r in zip(submitted, named, strict=True) if not s.deduplicated]

@@ -1,7 +1,7 @@
 """Divide a queue's places among those who wait for them.
 
 Owns: what a lane is, and who is next when there are fewer places than jobs. A lane holds the jobs of one
-batch of one tenant, or a tenant's single jobs. Does not know SQL (`codeherd_schema.hints` asks it).
+batch or run of one tenant, or a tenant's single jobs. Does not know SQL (`codeherd_schema.hints` asks it).
 
 Max-min fairness over what is held now: the next place goes to the tenant that holds the fewest, and within it
 to the lane that holds the fewest. A backfill of 100,000 jobs so delays nobody by more than one place.
@@ -21,7 +21,7 @@ def lane_of(tenant: str, batch: str | None) -> str:
 
     Args:
         tenant: its owner.
-        batch: what it was submitted with; None for a single job.
+        batch: the batch or run that it belongs to; None for a single job.
     """
     return json.dumps([tenant, batch], ensure_ascii=False)
 

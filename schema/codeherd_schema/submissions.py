@@ -62,6 +62,7 @@ class Submissions:
         connection: Connection | None = None,
         custom_ids: Sequence[str] | None = None,
         batch_id: str | None = None,
+        run_id: str | None = None,
     ) -> list[Submitted]:
         """Insert one job per request in one transaction: all or nothing, answers in order.
 
@@ -72,7 +73,8 @@ class Submissions:
             connection: insert in this open transaction, to be committed with the caller's own rows;
                 nobody sees the jobs before. Left out: committed on return.
             custom_ids: the caller's own name of each request.
-            batch_id: what the jobs belong to.
+            batch_id: what was submitted together, to be told apart from the rest and given its fair share.
+            run_id: the backfill or review that the jobs belong to; its fair share too if there is no batch.
 
         Raises:
             InvalidRequest: `expires_at` or `deadline` of a new job is past by the database's clock, or
@@ -89,7 +91,8 @@ class Submissions:
             shared = {
                 "tenant": tenant,
                 "batch_id": batch_id,
-                "lane": lane_of(tenant, batch_id),
+                "run_id": run_id,
+                "lane": lane_of(tenant, batch_id or run_id),
                 "max_attempts": self._max_attempts,
             }
             names = custom_ids if custom_ids is not None else (None,) * len(requests)

@@ -29,7 +29,7 @@ from codeherd_schema.errors import (
 )
 from codeherd_schema.requests import ChatRequest, GenerateRequest, InfillRequest, Message, Request
 from codeherd_schema.settings import SharedSettings, Url
-from codeherd_schema.states import JobState
+from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.store import Store
 from tests.by_hand import claim, finish, requests
 from tests.services import wait_until
@@ -120,6 +120,20 @@ def test_submit_many_answers_in_order(client: Client, store: Store) -> None:
     rows = store.get_many([job.id for job in jobs])
     assert [rows[job.id].request for job in jobs] == many
     assert {row.batch_id for row in rows.values()} == {"b1"}
+
+
+def test_a_run_has_its_fair_share_and_is_paused_as_a_whole(client: Client, store: Store) -> None:
+    large = client.submit_many(requests(3), run_id="large")
+    [small] = client.submit_many(requests(1), run_id="small")
+    assert [hint.job_id for hint in store.due("codeherd.tiny", limit=2)] == [large[0].id, small.id]
+
+    client.pause(PauseScope.RUN, "large")
+    assert store.due("codeherd.tiny", limit=10) == []
+    assert store.claim(large[0].id, worker_id="w", lease_s=60) is None
+    client.resume(PauseScope.RUN, "large")
+
+    assert [hint.job_id for hint in store.due("codeherd.tiny", limit=10)] == [job.id for job in large]
+    assert (small.row.run_id, small.row.batch_id) == ("small", None)
 
 
 def test_fifty_racing_submits_with_one_key_give_one_job(database_url: str, store: Store) -> None:
