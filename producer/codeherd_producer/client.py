@@ -384,6 +384,10 @@ class Client:
             return result
         raise _without_result(row)
 
+    def results(self, job_ids: Collection[str]) -> dict[str, Result]:
+        """Return the results of those jobs that have one, by job id: one look, no waiting."""
+        return self._store.results(job_ids)
+
     def wait(self, jobs: Iterable[Job | str], timeout_s: float | None = None) -> None:
         """Wait until every job has ended, well or not.
 
