@@ -102,6 +102,7 @@ def postgres_url(migrated_postgres_url: str) -> str:
     with psycopg.connect(migrated_postgres_url) as connection:
         connection.execute("DELETE FROM jobs")
         connection.execute("DELETE FROM pauses")
+        connection.execute("DELETE FROM backfill_runs")
     return migrated_postgres_url
 
 

@@ -25,13 +25,14 @@ Owns: the classes, their codes, whether trying again can help. Does not know: ex
     │   ├── OutOfMemory           retryable
     │   ├── EngineFailed          retryable
     │   └── LeaseLost
-    └── JobError                  what a producer is told about one job
-        ├── JobNotFound
-        ├── JobFailed             state failed or dead
-        ├── JobCancelled
-        ├── JobExpired
-        ├── WaitTimeout           the job is still alive
-        └── IllegalMove           the job's state does not allow what was asked
+    ├── JobError                  what a producer is told about one job
+    │   ├── JobNotFound
+    │   ├── JobFailed             state failed or dead
+    │   ├── JobCancelled
+    │   ├── JobExpired
+    │   ├── WaitTimeout           the job is still alive
+    │   └── IllegalMove           the job's state does not allow what was asked
+    └── RunNotFound               no run of a backfill has this id
 """
 
 from __future__ import annotations
@@ -230,3 +231,9 @@ class IllegalMove(JobError):
     """The job's state does not allow this."""
 
     code = "illegal_move"
+
+
+class RunNotFound(CodeherdError):
+    """No run has this id."""
+
+    code = "run_not_found"

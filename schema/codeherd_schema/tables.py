@@ -1,11 +1,13 @@
-"""The rows: one job, its result, its attempts.
+"""The rows: one job, its result, its attempts; one run of a backfill, its files, their targets.
 
 Owns: tables, columns, indexes and constraints, and the revision of the schema that they describe.
-Does not know statements (`codeherd_schema.store`) or how a database gets there (`migrations`).
+Does not know statements (`codeherd_schema.store`, `codeherd_schema.backfills`) or how a database gets there
+(`migrations`).
 
 Every time is in seconds since 1970 by the database's clock, and only SQL written with
 `codeherd_schema.database.now` sets it. JSON is kept as ASCII text: generated text may hold a NUL
-character, which PostgreSQL's own text and JSON types refuse.
+character, which PostgreSQL's own text and JSON types refuse. Paths are kept as bytes: a name may be no
+UTF-8, and bytes have one order on both databases, whatever the collation.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     String,
@@ -36,6 +39,7 @@ from sqlalchemy import (
     text,
 )
 
+from codeherd_schema.backfill_states import FileState, RunState, TargetState
 from codeherd_schema.database import now
 from codeherd_schema.states import FINAL_STATES, JobState, PauseScope
 
@@ -198,6 +202,128 @@ pauses = Table(
     Column("reason", Text, nullable=False),
     Column("since", Double, nullable=False),
     CheckConstraint(f"scope IN ({_list(PauseScope)})", name="ck_pauses_scope"),
+)
+
+backfill_runs = Table(
+    "backfill_runs",
+    metadata,
+    # UUID version 7.
+    Column("id", String(36), primary_key=True),
+    Column("root", LargeBinary, nullable=False),
+    Column("model", String(64), nullable=False),
+    # JSON object.
+    Column("options", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("finished_at", Double),
+    CheckConstraint(f"state IN ({_list(RunState)})", name="ck_backfill_runs_state"),
+    CheckConstraint(
+        "(state IN ('done', 'stopped')) = (finished_at IS NOT NULL)", name="ck_backfill_runs_finished"
+    ),
+)
+
+backfill_files = Table(
+    "backfill_files",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("run_id", String(36), ForeignKey("backfill_runs.id", ondelete="CASCADE"), nullable=False),
+    # From the root, with `/`.
+    Column("path", LargeBinary, nullable=False),
+    # Of the planned bytes; empty if they were not read.
+    Column("sha256", String(64), nullable=False),
+    # As the file spells it.
+    Column("encoding", Text),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text),
+    # Number of the exchange that was asked last; -1 before the first.
+    Column("exchange", Integer, nullable=False),
+    # Symbols that have a docstring, and JSON: how many others are no targets, by reason.
+    Column("documented", Integer, nullable=False),
+    Column("passed_over", Text, nullable=False),
+    # Counts of the rows below this one, so that nobody counts a million of them to show a progress.
+    Column("targets", Integer, nullable=False),
+    Column("accepted", Integer, nullable=False, server_default="0"),
+    Column("rejected", Integer, nullable=False, server_default="0"),
+    Column("questions", Integer, nullable=False, server_default="0"),
+    Column("tokens", BigInteger, nullable=False, server_default="0"),
+    UniqueConstraint("run_id", "path", name="uq_backfill_files_path"),
+    # files, ready, progress.
+    Index("ix_backfill_files_state", "run_id", "state", "path"),
+    CheckConstraint(f"state IN ({_list(FileState)})", name="ck_backfill_files_state"),
+    # Whoever still holds the id of a deleted run's file must not meet another one under it.
+    sqlite_autoincrement=True,
+)
+
+backfill_targets = Table(
+    "backfill_targets",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column(
+        "file_id",
+        BigInteger().with_variant(Integer, "sqlite"),
+        ForeignKey("backfill_files.id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    # Number of the symbol in the scan of its file.
+    Column("place", Integer, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("twin", Integer, nullable=False),
+    Column("line", Integer, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("state", String(16), nullable=False),
+    # The accepted text as a JSON string.
+    Column("text", Text),
+    # Of the last rejection.
+    Column("reason", Text),
+    Column("score", Double),
+    # In which it was judged last; -1 before.
+    Column("exchange", Integer, nullable=False, server_default="-1"),
+    UniqueConstraint("file_id", "place", name="uq_backfill_targets_place"),
+    CheckConstraint(f"state IN ({_list(TargetState)})", name="ck_backfill_targets_state"),
+    CheckConstraint("(state = 'accepted') = (text IS NOT NULL)", name="ck_backfill_targets_text"),
+    sqlite_autoincrement=True,
+)
+
+backfill_questions = Table(
+    "backfill_questions",
+    metadata,
+    # The key begins as `ready` asks: the jobs of one exchange of one file.
+    Column(
+        "file_id",
+        BigInteger().with_variant(Integer, "sqlite"),
+        ForeignKey("backfill_files.id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    Column("exchange", Integer, primary_key=True),
+    Column("target_id", BigInteger, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    # No foreign key: jobs are pruned on their own.
+    Column("job_id", String(36), nullable=False),
+)
+
+backfill_candidates = Table(
+    "backfill_candidates",
+    metadata,
+    Column(
+        "target_id",
+        BigInteger().with_variant(Integer, "sqlite"),
+        ForeignKey("backfill_targets.id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    Column("exchange", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    # Among the candidates of one job.
+    Column("place", Integer, primary_key=True),
+    # JSON string.
+    Column("text", Text, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("tokens", Integer, nullable=False),
+    # Mean of its tokens, natural logarithm.
+    Column("logprob", Double),
+    # Why it was not taken.
+    Column("reason", Text),
+    # JSON object of numbers.
+    Column("score_parts", Text, nullable=False),
 )
 
 #: Written by the migrations.

@@ -21,6 +21,7 @@ from codeherd_schema.errors import (
     JobExpired,
     JobFailed,
     JobNotFound,
+    RunNotFound,
     WaitTimeout,
 )
 
@@ -38,7 +39,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     #: The wait ended before the job did; the job goes on.
     STILL_ALIVE = 3
-    #: No job has this id.
+    #: No job, or no run, has this id.
     NOT_FOUND = 4
     #: The job ended without a result.
     JOB_FAILED = 5
@@ -62,6 +63,7 @@ _EXIT_CODES: dict[type[BaseException], ExitCode] = {
     IllegalMove: ExitCode.USAGE,
     WaitTimeout: ExitCode.STILL_ALIVE,
     JobNotFound: ExitCode.NOT_FOUND,
+    RunNotFound: ExitCode.NOT_FOUND,
     JobFailed: ExitCode.JOB_FAILED,
     JobCancelled: ExitCode.WITHDRAWN,
     JobExpired: ExitCode.WITHDRAWN,

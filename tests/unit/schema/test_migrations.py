@@ -36,7 +36,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def definitions(url: str) -> set[str]:
     """Every table, column, index and constraint as the database itself words it."""
     database = Database.open(url)
-    tables = "('jobs', 'results', 'attempts')"
+    tables = f"({', '.join(repr(name) for name in metadata.tables)})"
     catalogues = {
         "sqlite": [f"SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND tbl_name IN {tables}"],
         "postgresql": [

@@ -1,4 +1,4 @@
-"""Jobs, results, attempts, pauses."""
+"""Jobs, results, attempts, pauses; runs of a backfill with files, targets, questions, candidates."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ depends_on = None
 
 STATES = "'queued', 'running', 'succeeded', 'failed', 'cancelled', 'expired', 'dead'"
 FINAL = "'succeeded', 'failed', 'cancelled', 'expired', 'dead'"
+BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
 
 
 def upgrade() -> None:
@@ -111,6 +112,96 @@ def upgrade() -> None:
         sql.Column("reason", sql.Text, nullable=False),
         sql.Column("since", sql.Double, nullable=False),
         sql.CheckConstraint("scope IN ('queue', 'batch', 'run', 'tenant')", name="ck_pauses_scope"),
+    )
+
+    op.create_table(
+        "backfill_runs",
+        sql.Column("id", sql.String(36), primary_key=True),
+        sql.Column("root", sql.LargeBinary, nullable=False),
+        sql.Column("model", sql.String(64), nullable=False),
+        sql.Column("options", sql.Text, nullable=False),
+        sql.Column("state", sql.String(16), nullable=False),
+        sql.Column("created_at", sql.Double, nullable=False),
+        sql.Column("finished_at", sql.Double),
+        sql.CheckConstraint(
+            "state IN ('planning', 'running', 'done', 'stopped')", name="ck_backfill_runs_state"
+        ),
+        sql.CheckConstraint(
+            "(state IN ('done', 'stopped')) = (finished_at IS NOT NULL)", name="ck_backfill_runs_finished"
+        ),
+    )
+
+    op.create_table(
+        "backfill_files",
+        sql.Column("id", BIG, primary_key=True, autoincrement=True),
+        sql.Column(
+            "run_id", sql.String(36), sql.ForeignKey("backfill_runs.id", ondelete="CASCADE"), nullable=False
+        ),
+        sql.Column("path", sql.LargeBinary, nullable=False),
+        sql.Column("sha256", sql.String(64), nullable=False),
+        sql.Column("encoding", sql.Text),
+        sql.Column("state", sql.String(16), nullable=False),
+        sql.Column("reason", sql.Text),
+        sql.Column("exchange", sql.Integer, nullable=False),
+        sql.Column("documented", sql.Integer, nullable=False),
+        sql.Column("passed_over", sql.Text, nullable=False),
+        sql.Column("targets", sql.Integer, nullable=False),
+        sql.Column("accepted", sql.Integer, nullable=False, server_default="0"),
+        sql.Column("rejected", sql.Integer, nullable=False, server_default="0"),
+        sql.Column("questions", sql.Integer, nullable=False, server_default="0"),
+        sql.Column("tokens", sql.BigInteger, nullable=False, server_default="0"),
+        sql.UniqueConstraint("run_id", "path", name="uq_backfill_files_path"),
+        sql.CheckConstraint(
+            "state IN ('planned', 'asked', 'done', 'skipped', 'changed', 'applied', 'committed')",
+            name="ck_backfill_files_state",
+        ),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("ix_backfill_files_state", "backfill_files", ["run_id", "state", "path"])
+
+    op.create_table(
+        "backfill_targets",
+        sql.Column("id", BIG, primary_key=True, autoincrement=True),
+        sql.Column("file_id", BIG, sql.ForeignKey("backfill_files.id", ondelete="CASCADE"), nullable=False),
+        sql.Column("place", sql.Integer, nullable=False),
+        sql.Column("name", sql.Text, nullable=False),
+        sql.Column("twin", sql.Integer, nullable=False),
+        sql.Column("line", sql.Integer, nullable=False),
+        sql.Column("kind", sql.String(16), nullable=False),
+        sql.Column("state", sql.String(16), nullable=False),
+        sql.Column("text", sql.Text),
+        sql.Column("reason", sql.Text),
+        sql.Column("score", sql.Double),
+        sql.Column("exchange", sql.Integer, nullable=False, server_default="-1"),
+        sql.UniqueConstraint("file_id", "place", name="uq_backfill_targets_place"),
+        sql.CheckConstraint("state IN ('open', 'accepted', 'rejected')", name="ck_backfill_targets_state"),
+        sql.CheckConstraint("(state = 'accepted') = (text IS NOT NULL)", name="ck_backfill_targets_text"),
+        sqlite_autoincrement=True,
+    )
+
+    op.create_table(
+        "backfill_questions",
+        sql.Column("file_id", BIG, sql.ForeignKey("backfill_files.id", ondelete="CASCADE"), primary_key=True),
+        sql.Column("exchange", sql.Integer, primary_key=True),
+        sql.Column("target_id", sql.BigInteger, primary_key=True),
+        sql.Column("number", sql.Integer, primary_key=True),
+        sql.Column("job_id", sql.String(36), nullable=False),
+    )
+
+    op.create_table(
+        "backfill_candidates",
+        sql.Column(
+            "target_id", BIG, sql.ForeignKey("backfill_targets.id", ondelete="CASCADE"), primary_key=True
+        ),
+        sql.Column("exchange", sql.Integer, primary_key=True),
+        sql.Column("number", sql.Integer, primary_key=True),
+        sql.Column("place", sql.Integer, primary_key=True),
+        sql.Column("text", sql.Text, nullable=False),
+        sql.Column("seed", sql.BigInteger, nullable=False),
+        sql.Column("tokens", sql.Integer, nullable=False),
+        sql.Column("logprob", sql.Double),
+        sql.Column("reason", sql.Text),
+        sql.Column("score_parts", sql.Text, nullable=False),
     )
 
 
