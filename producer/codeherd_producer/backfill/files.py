@@ -1,7 +1,7 @@
 """Find the Python files of a folder or repository, and say which are left alone.
 
-Owns: where files are looked for and the reasons by file. Does not read code: generated files that say so in
-their head are told by `selection`.
+Owns: where files are looked for and the reasons by file. Does not read code: files that say in their head
+that they are generated, or to be left alone, are told by `selection`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class FileReason(StrEnum):
     DIRTY = "has changes that are not committed"
     UNCHANGED = "not changed since the reference"
     EXCLUDED = "excluded by path"
+    MARKED = "marked in its head"
+    NAME = "name is not UTF-8"
     GONE = "cannot be read"
 
 
@@ -81,7 +83,7 @@ def find(
         paths = [path for path in map(inside.inner, git.files()) if path is not None and path.endswith(".py")]
         marked = _marks(git, inside, paths, changed_since, allow_dirty=allow_dirty)
     return [
-        SourceFile(path, marked.get(path) or _reason(root, path, include, exclude), _is_test(path))
+        SourceFile(path, _reason(root, path, include, exclude, marked.get(path)), _is_test(path))
         for path in paths
     ]
 
@@ -131,8 +133,14 @@ def _walked(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _reason(root: Path, path: str, include: Sequence[str], exclude: Sequence[str]) -> FileReason | None:
+def _reason(
+    root: Path, path: str, include: Sequence[str], exclude: Sequence[str], mark: FileReason | None
+) -> FileReason | None:
     pure = PurePosixPath(path)
+    if any("\udc80" <= character <= "\udcff" for character in path):
+        return FileReason.NAME
+    if mark is not None:
+        return mark
     if any(fnmatch.fnmatch(path, pattern) for pattern in exclude) or (
         include and not any(fnmatch.fnmatch(path, pattern) for pattern in include)
     ):
@@ -145,6 +153,9 @@ def _reason(root: Path, path: str, include: Sequence[str], exclude: Sequence[str
     try:
         if file.is_symlink():
             return FileReason.SYMLINK
+        if not file.is_file():
+            # A named pipe would keep whoever reads it.
+            return FileReason.GONE
         if file.stat().st_size > MOST_BYTES:
             return FileReason.LARGE
         with file.open("rb") as stream:

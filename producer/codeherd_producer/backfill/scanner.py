@@ -1,10 +1,12 @@
 r"""Find every class and function of one Python file, and the exact place where its docstring goes.
 
-Owns: decoding, the symbols, what a docstring may say about each (parameters, raises, returns), and
-positions. Does not decide what gets a docstring (`selection`), and changes nothing (`editor`). Standard
-library only, in one file: another interpreter runs it for syntax that this one does not know,
+Owns: decoding, the symbols, what a docstring may say about each (parameters, raises, returns), where names
+of other modules come from, and positions. Does not decide what gets a docstring (`selection`), and changes
+nothing (`editor`). Standard library only, in one file: another interpreter runs it for syntax that this one
+does not know,
 
-    python scanner.py < file.py     prints the scan as JSON
+    python scanner.py < file.py     prints the scan as JSON, on one line
+    python scanner.py --many        for each file a line with its number of bytes, then these: the same
 
 Positions are characters of the decoded text without a byte order mark. Structure comes from `ast`,
 positions from `tokenize`, both of the text with `\n` line ends: rows and columns are those of the file.
@@ -13,7 +15,9 @@ positions from `tokenize`, both of the text with `\n` line ends: rows and column
 from __future__ import annotations
 
 import ast
+import collections
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -48,6 +52,18 @@ class Parameter:
 
 
 @dataclasses.dataclass(frozen=True)
+class Import:
+    """One name that comes from elsewhere, outside of functions."""
+
+    #: As this file calls it; "*" is every name.
+    name: str
+    #: As written, with the dots of a relative import before it.
+    module: str
+    #: What is taken out of the module; None for the module itself.
+    attribute: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Symbol:
     """A module, class or function, and where its docstring is or would be."""
 
@@ -69,7 +85,7 @@ class Symbol:
     insert_at: int | None
     #: From after the colon to the body's first token; None for a block.
     one_line: tuple[int, int] | None
-    #: White space before each line of the body.
+    #: White space before each line of the body; for `one_line`, what lines of its own would have.
     indent: str
     #: What ends the header's line.
     newline: str
@@ -93,6 +109,8 @@ class Symbol:
     #: Statements of the body without the docstring, and whether all are `pass`, `...` or constants.
     statements: int
     is_trivial: bool
+    #: Code of this file reads or sets the symbol's `__doc__`.
+    is_doc_used: bool
 
     @property
     def is_documented(self) -> bool:
@@ -109,6 +127,8 @@ class Scan:
     #: Without the byte order mark.
     text: str
     symbols: tuple[Symbol, ...]
+    #: In the order of the file.
+    imports: tuple[Import, ...]
 
     def encoded(self, text: str) -> bytes:
         """Return a text in this file's encoding.
@@ -135,12 +155,13 @@ def scan(raw: bytes) -> Scan:
             unix = "".join(_unix(line) for line in lines)
             tree = ast.parse(unix)
             tokens = list(tokenize.generate_tokens(io.StringIO(unix, newline="").readline))
-            symbols = tuple(_Finder(text, lines, unix, tokens).symbols(tree))
+            uses = _Uses(tree)
+            symbols = tuple(_Finder(text, lines, unix, tokens, uses.documents).symbols(tree))
         except (SyntaxError, ValueError, tokenize.TokenError) as err:
             raise Unreadable(f"syntax: {getattr(err, 'msg', None) or err}") from err
         except (RecursionError, MemoryError) as err:
             raise Unreadable("nested too deeply for this interpreter") from err
-    return Scan(encoding, has_bom, text, symbols)
+    return Scan(encoding, has_bom, text, symbols, tuple(uses.imports))
 
 
 def _decoded(raw: bytes) -> tuple[str, str]:
@@ -167,8 +188,11 @@ def _unix(line: str) -> str:
 class _Finder:
     """Matches the tree's definitions with the tokens of their headers."""
 
-    def __init__(self, text: str, lines: list[str], unix: str, tokens: list[tokenize.TokenInfo]) -> None:
+    def __init__(
+        self, text: str, lines: list[str], unix: str, tokens: list[tokenize.TokenInfo], documents: set[str]
+    ) -> None:
         self._text = text
+        self._documents = documents
         self._lines = lines
         self._unix_lines = unix.split("\n")
         self._tokens = tokens
@@ -211,6 +235,7 @@ class _Finder:
             docstring=value, docstring_span=span,
             decorators=(), bases=(), parameters=(), returns=None, gives_value=False, yields=False, raises=(),
             statements=len(tree.body), is_trivial=_is_trivial(tree.body),
+            is_doc_used="" in self._documents,
         )  # fmt: skip
 
     def _symbol(self, node: Any, name: str, in_class: bool, in_function: bool) -> Symbol:
@@ -229,7 +254,7 @@ class _Finder:
             row = self._tokens[after].start[0]
             insert_at = None
             one_line = (self._offset(self._tokens[colon].end), self._offset(self._tokens[after].start))
-            indent = ""
+            indent = self._deeper(self._indent_of(node.lineno - 1))
         value, span = self._docstring(node)
         facts = _Facts(node)
         first = min([node, *node.decorator_list], key=lambda one: (one.lineno, one.col_offset))
@@ -252,6 +277,7 @@ class _Finder:
             gives_value=facts.gives_value, yields=facts.yields, raises=facts.raises,
             statements=len(node.body) - (value is not None),
             is_trivial=_is_trivial(node.body),
+            is_doc_used=name in self._documents,
         )  # fmt: skip
 
     def _place(self, node: Any) -> int:
@@ -277,10 +303,44 @@ class _Finder:
             place += 1
 
     def _indent(self, place: int) -> str:
-        while self._tokens[place].type != tokenize.INDENT:
+        """Return the indentation of the block that begins after the header's end at `place`."""
+        while self._tokens[place].type in _BETWEEN:
             place += 1
-        # A form feed starts the columns anew.
-        return self._tokens[place].string.rpartition("\f")[2]
+        token = self._tokens[place]
+        if token.type == tokenize.INDENT:
+            # A form feed starts the columns anew.
+            return token.string.rpartition("\f")[2]
+        # A backslash at the beginning of a line hides it from `tokenize`.
+        return self._indent_of(token.start[0] - 1)
+
+    def _indent_of(self, row: int) -> str:
+        """Return the indentation of the logical line that a row begins, or goes on after backslashes."""
+        indent = _white(self._lines[row])
+        while row and self._lines[row - 1].strip(" \t\f\r\n") == "\\":
+            row -= 1
+            # The first that there is counts.
+            indent = _white(self._lines[row]) or indent
+        return indent
+
+    def _deeper(self, indent: str) -> str:
+        """Return the indentation of a block inside a line: one step more, as most blocks here have it."""
+        fitting = [step for step in self._steps if indent.endswith(step)] or self._steps
+        return indent + (fitting[0] if fitting else "\t" if indent.endswith("\t") else "    ")
+
+    @functools.cached_property
+    def _steps(self) -> list[str]:
+        """What the file's blocks are indented by, most usual first."""
+        steps: collections.Counter[str] = collections.Counter()
+        around = [""]
+        for token in self._tokens:
+            if token.type == tokenize.INDENT:
+                indent = token.string.rpartition("\f")[2]
+                if indent.startswith(around[-1]):
+                    steps[indent[len(around[-1]) :]] += 1
+                around.append(indent)
+            elif token.type == tokenize.DEDENT:
+                around.pop()
+        return [step for step, _ in steps.most_common() if step]
 
     def _docstring(self, node: Any) -> tuple[str | None, tuple[int, int] | None]:
         if not node.body or not isinstance(node.body[0], ast.Expr):
@@ -303,6 +363,9 @@ class _Finder:
 
     def _newline(self, row: int) -> str:
         line = self._lines[row] if row < len(self._lines) else ""
+        if row and not line.endswith(("\r", "\n")):
+            # The last line of a file may lack an end.
+            line = self._lines[row - 1]
         return "\r\n" if line.endswith("\r\n") else line[-1:] if line.endswith(("\r", "\n")) else "\n"
 
     def _is_blank(self, row: int) -> bool:
@@ -311,11 +374,77 @@ class _Finder:
 
 #: Tokens before the first statement.
 _QUIET = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.ENCODING})
+#: Tokens between a header and its block.
+_BETWEEN = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE})
+
+
+def _white(line: str) -> str:
+    return line[: len(line) - len(line.lstrip(" \t\f"))].rpartition("\f")[2]
 
 
 def _characters(line: str, column: int) -> int:
     """Turn a column in UTF-8 bytes, as `ast` counts, into one in characters."""
     return column if line.isascii() else len(line.encode("utf-8", "surrogatepass")[:column].decode("utf-8"))
+
+
+class _Uses:
+    """What a file takes from other modules, and whose `__doc__` it names."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.imports: list[Import] = []
+        #: Names of symbols, and of what only looks like one.
+        self.documents: set[str] = set()
+        # Node, prefix of names, the class around, innermost scope is a class, is in a function.
+        waiting: list[tuple[ast.AST, str, str | None, bool, bool]] = [(tree, "", None, False, False)]
+        while waiting:
+            node, prefix, around, in_class, in_function = waiting.pop()
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and not in_function:
+                self.imports += _imports(node)
+            elif isinstance(node, ast.Name) and node.id == "__doc__":
+                # In a class body it is the class's own, elsewhere the module's.
+                self.documents.add(around if in_class and around is not None else "")
+            else:
+                self.documents |= _documents(node, prefix, around)
+            if isinstance(node, ast.ClassDef):
+                around, in_class = prefix + node.name, True
+                prefix = f"{around}."
+            elif isinstance(node, _FUNCTIONS):
+                prefix, in_class, in_function = f"{prefix}{node.name}.<locals>.", False, True
+            children = list(ast.iter_child_nodes(node))
+            waiting += [(one, prefix, around, in_class, in_function) for one in reversed(children)]
+
+
+def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[Import]:
+    for alias in node.names:
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield Import(alias.asname or alias.name, module, alias.name)
+        elif alias.asname is not None:
+            yield Import(alias.asname, alias.name, None)
+        else:
+            # `import a.b` gives the name `a`.
+            top = alias.name.partition(".")[0]
+            yield Import(top, top, None)
+
+
+def _documents(node: ast.AST, prefix: str, around: str | None) -> set[str]:
+    """Return what `x.__doc__` or `getdoc(x)` may mean here, as names of symbols."""
+    if isinstance(node, ast.Attribute) and node.attr == "__doc__":
+        whose = node.value
+    elif isinstance(node, ast.Call) and node.args and _own_name(node.func) == "getdoc":
+        whose = node.args[0]
+    else:
+        return set()
+    text = ast.unparse(whose)
+    if text in ("__main__", "sys.modules[__name__]", "sys.modules['__main__']"):
+        return {""}
+    head, dot, rest = text.partition(".")
+    if text in ("type(self)", "self.__class__"):
+        head, dot, rest = "self", "", ""
+    if head in ("self", "cls", "__class__") and around is not None:
+        return {around + dot + rest}
+    # A name of this scope, or of the file.
+    return {text, prefix + text}
 
 
 class _Facts:
@@ -343,8 +472,14 @@ class _Facts:
 
 def _looks_like_class(error: ast.Name | ast.Attribute) -> bool:
     # `raise err` names a variable.
-    name = error.id if isinstance(error, ast.Name) else error.attr
-    return name.lstrip("_")[:1].isupper()
+    return _own_name(error).lstrip("_")[:1].isupper()
+
+
+def _own_name(expression: ast.AST) -> str:
+    """Return `c` for `a.b.c` and for `c`, and nothing for what is no name."""
+    if isinstance(expression, ast.Attribute):
+        return expression.attr
+    return expression.id if isinstance(expression, ast.Name) else ""
 
 
 def _parameters(arguments: ast.arguments) -> Iterator[Parameter]:
@@ -376,16 +511,25 @@ def from_json(document: dict[str, Any]) -> Scan:
         }
         lists["parameters"] = tuple(Parameter(**one) for one in fields["parameters"])
         symbols.append(Symbol(**lists))
-    return Scan(document["encoding"], document["has_bom"], document["text"], tuple(symbols))
+    imports = tuple(Import(**one) for one in document["imports"])
+    return Scan(document["encoding"], document["has_bom"], document["text"], tuple(symbols), imports)
+
+
+def _document(raw: bytes) -> dict[str, Any]:
+    try:
+        return dataclasses.asdict(scan(raw))
+    except Unreadable as err:
+        return {"error": str(err)}
 
 
 def main() -> int:
-    """Scan standard input; print the scan, or why there is none."""
-    try:
-        document = dataclasses.asdict(scan(sys.stdin.buffer.read()))
-    except Unreadable as err:
-        document = {"error": str(err)}
-    sys.stdout.write(json.dumps(document))
+    """Scan standard input, one file or many; print each scan, or why there is none."""
+    if sys.argv[1:] == ["--many"]:
+        while size := sys.stdin.buffer.readline():
+            sys.stdout.write(json.dumps(_document(sys.stdin.buffer.read(int(size)))) + "\n")
+            sys.stdout.flush()
+    else:
+        sys.stdout.write(json.dumps(_document(sys.stdin.buffer.read())) + "\n")
     return 0
 
 

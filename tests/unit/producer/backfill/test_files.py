@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -146,6 +147,14 @@ def test_a_folder_without_git_is_walked(tmp_path: Path) -> None:
 
     assert Git.of(tmp_path) is None
     assert [file.path for file in find(tmp_path)] == ["a.py", "pkg/b.py"]
+
+
+def test_what_is_no_file_of_text_is_left_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    (tmp_path / os.fsdecode(b"\xe9.py")).touch()
+    (tmp_path / "folder.py").mkdir()
+
+    assert list(reasons(tmp_path).values()) == [FileReason.GONE, FileReason.NAME]
 
 
 def test_a_patch_is_tried_without_being_applied(repository: Path) -> None:

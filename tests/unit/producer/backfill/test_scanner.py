@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from codeherd_producer.backfill import scanner
-from codeherd_producer.backfill.scanner import Parameter, Symbol, Unreadable, from_json, scan
+from codeherd_producer.backfill.scanner import Import, Parameter, Symbol, Unreadable, from_json, scan
 
 
 def only(raw: bytes) -> Symbol:
@@ -197,6 +197,69 @@ def test_another_interpreter_finds_the_same() -> None:
     assert json.loads(answer.stdout)["symbols"][0] == json.loads(
         json.dumps(dataclasses.asdict(scan(raw).symbols[0]))
     )
+
+
+def test_another_interpreter_reads_many_files_one_after_another() -> None:
+    files = [b"import a\ndef f(): pass\n", b"", b"def f(:\n", b"x = 'a\\\nb'\n# \r\n"]
+
+    answer = subprocess.run(
+        [sys.executable, "-I", "-S", scanner.__file__, "--many"],
+        input=b"".join(b"%d\n%s" % (len(raw), raw) for raw in files),
+        capture_output=True,
+        check=True,
+    )
+
+    documents = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert documents[2]["error"].startswith("syntax: ")
+    assert [from_json(documents[n]) for n in (0, 1, 3)] == [scan(files[n]) for n in (0, 1, 3)]
+
+
+def test_imports_are_those_outside_of_functions() -> None:
+    found = scan(b"""
+import a, b.c, d.e as f
+if x:
+    from .g import h, i as j
+from .. import k
+class A:
+    from l import *
+    def m(self):
+        import n
+""")
+
+    assert found.imports == (
+        Import("a", "a", None),
+        Import("b", "b", None),
+        Import("f", "d.e", None),
+        Import("h", ".g", "h"),
+        Import("j", ".g", "i"),
+        Import("k", "..", "k"),
+        Import("*", "l", "*"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "whose"),
+    [
+        ("print(__doc__)", {""}),
+        ("__doc__ = 'x'", {""}),
+        ("def main():\n    return f(__doc__ % 1)", {""}),
+        ("class A:\n    def f(self):\n        return __doc__", {""}),
+        ("import sys, __main__\nsys.modules[__name__].__doc__\n__main__.__doc__", {""}),
+        ("class A:\n    __doc__ = 'x'", {"A"}),
+        ("class A:\n    if x:\n        __doc__ += 'x'", {"A"}),
+        ("class A:\n    class B:\n        x = __doc__", {"A.B"}),
+        ("class A: pass\nA.__doc__ = 'x'", {"A"}),
+        ("class A:\n    def f(self):\n        return self.__doc__", {"A"}),
+        ("class A:\n    def f(self):\n        return type(self).__doc__ or self.__class__.__doc__", {"A"}),
+        ("class A:\n    def f(self):\n        return self.f.__doc__", {"A.f"}),
+        ("class A:\n    def f(cls): pass\n    f.__doc__ = 'x'", {"A.f"}),
+        ("def f():\n    def g(): pass\n    g.__doc__ = 'x'\n    return g", {"f.<locals>.g"}),
+        ("import inspect\ndef f(): pass\ninspect.getdoc(f)", {"f"}),
+        ("def f(): pass\nother.__doc__\nf().__doc__\nother.f.__doc__\nx = '__doc__'", set()),
+    ],
+)
+def test_docstrings_that_the_file_itself_names_are_told(code: str, whose: set[str]) -> None:
+    assert {symbol.name for symbol in scan(code.encode()).symbols if symbol.is_doc_used} == whose
 
 
 def test_another_interpreter_tells_what_it_cannot_read() -> None:

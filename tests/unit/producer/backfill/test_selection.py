@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from codeherd_producer.backfill.scanner import scan
-from codeherd_producer.backfill.selection import Reason, Selection, decided, is_generated
+from codeherd_producer.backfill.scanner import Symbol, scan
+from codeherd_producer.backfill.selection import Reason, Selection, decided, is_generated, is_skipped
 
 CODE = b'''
 import typing, functools
@@ -133,6 +133,7 @@ def test_what_readers_see_is_wanted_and_the_rest_says_why_not() -> None:
         (Selection(tests=True), {"test_it", "MyCase"}),
         (Selection(trivial=True), {"empty"}),
         (Selection(blank=True), {"blank"}),
+        (Selection(one_liners=True), {"one_line"}),
     ],
 )
 def test_each_kind_can_be_asked_for(selection: Selection, names: set[str]) -> None:
@@ -145,9 +146,11 @@ def test_each_kind_can_be_asked_for(selection: Selection, names: set[str]) -> No
     ("selection", "names"),
     [
         (Selection(init=False), {"plain", "Thing", "Thing.size"}),
+        (Selection(properties=False), {"plain", "Thing", "Thing.__init__"}),
         (Selection(min_lines=3), {"Thing"}),
         (Selection(exclude=[re.compile("^Thing")]), {"plain"}),
         (Selection(include=[re.compile("size$")]), {"Thing.size"}),
+        (Selection(include=[re.compile("^si")]), {"Thing.size"}),
     ],
 )
 def test_what_is_wanted_can_be_narrowed(selection: Selection, names: set[str]) -> None:
@@ -157,6 +160,105 @@ def test_what_is_wanted_can_be_narrowed(selection: Selection, names: set[str]) -
 def test_nothing_in_a_test_file_is_wanted_unless_tests_are() -> None:
     assert set(reasons(test_file=True).values()).isdisjoint({None})
     assert reasons(Selection(tests=True), test_file=True)["plain"] is None
+
+
+def test_methods_that_a_base_class_describes_are_overrides_unless_these_are_wanted() -> None:
+    def found(selection: Selection) -> dict[str, Reason | None]:
+        decisions = decided(
+            scan(CODE),
+            selection,
+            is_test_file=False,
+            is_described=lambda one: one.name.endswith(("size", "plain")),
+        )
+        return {symbol.name: reason for symbol, reason in decisions if symbol.twin == 0}
+
+    assert found(Selection())["Thing.size"] is Reason.OVERRIDE
+    assert found(Selection())["plain"] is None
+    assert found(Selection(overrides=True))["Thing.size"] is None
+
+
+def test_base_classes_are_asked_of_last() -> None:
+    asked: list[str] = []
+
+    def is_described(symbol: Symbol) -> bool:
+        asked.append(symbol.name)
+        return False
+
+    list(decided(scan(CODE), Selection(), is_test_file=False, is_described=is_described))
+
+    assert asked == ["Thing.__init__", "Thing.size"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "# backfill: skip\n@property\ndef f(a):\n    return a\n",
+        "@property  # backfill: skip\ndef f(a):\n    return a\n",
+        "@property\ndef f(  # x, backfill: skip, y\n    a\n):\n    return a\n",
+        "def f(a,\n    b):  # backfill:skip\n    return a\n",
+        "def f(a):\n    # backfill: skip\n    return a\n",
+        "x = 1\r\n# backfill: skip\r\ndef f(a):\r\n    return a\r\n",
+        "x = 1\r# backfill: skip\rdef f(a):\r    return a\r",
+        "def f(a): return a  # backfill: skip\n",
+    ],
+)
+def test_a_mark_belongs_to_the_symbol_around_it(code: str) -> None:
+    found = dict(decided(scan(code.encode()), Selection(one_liners=True), is_test_file=False))
+
+    assert {s.name: reason for s, reason in found.items() if s.name} == {"f": Reason.MARKED}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "# backfill: skipping\ndef f(a):\n    return a\n",
+        "# backfill: skip-file\ndef f(a):\n    return a\n",
+        "x = 1  # backfill: skip\ndef f(a):\n    return a\n",
+        "def f(a):\n    return a  # backfill: skip\n",
+        "# backfill: skip\n\ndef f(a):\n    return a\n",
+        "x = 'backfill: skip'\ndef f(a):\n    return a\n",
+    ],
+)
+def test_a_mark_elsewhere_is_not_the_symbols(code: str) -> None:
+    found = decided(scan(code.encode()), Selection(), is_test_file=False)
+
+    assert [reason for symbol, reason in found if symbol.name] == [None]
+
+
+def test_what_the_file_does_with_its_own_docstrings_is_visible() -> None:
+    code = b"""
+import argparse
+class Assigned:
+    __doc__ = "x"
+class Plain:
+    def f(self):
+        return argparse.ArgumentParser(description=__doc__)
+def main():
+    print(main.__doc__)
+"""
+
+    def found(selection: Selection) -> dict[str, Reason | None]:
+        return {s.name: reason for s, reason in decided(scan(code), selection, is_test_file=False)}
+
+    visible = Reason.VISIBLE
+    assert found(Selection(modules=True)) == {
+        "": visible, "Assigned": visible, "Plain": None, "Plain.f": None, "main": visible,
+    }  # fmt: skip
+    assert set(found(Selection(modules=True, visible=True)).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("head", "is_it"),
+    [
+        (b"# backfill: skip-file\n", True),
+        (b"#!/bin/x\r\n# us: backfill:skip-file, please\r\n", True),
+        (b"x = 1  # backfill: skip-file\n", False),
+        (b"# backfill: skip\n", False),
+        (b"\n" * 30 + b"# backfill: skip-file\n", False),
+    ],
+)
+def test_files_that_are_left_alone_say_so_in_their_head(head: bytes, is_it: bool) -> None:
+    assert is_skipped(scan(head)) is is_it
 
 
 @pytest.mark.parametrize(
