@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import bisect
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,26 @@ class Hole:
 
     prefix: str
     suffix: str
+    #: White space before each line of the docstring.
+    indent: str
     #: What did not fit, in words.
     cut: tuple[str, ...] = ()
     #: Docstrings that the prefix shows.
     examples: tuple[str, ...] = ()
+
+
+def deeper(hole: Hole, lines: Sequence[str]) -> Hole:
+    """Return the hole that is left when the docstring's first lines are there.
+
+    Args:
+        hole: of the whole docstring.
+        lines: two or more, with the opening quotes, without indentation. The last one is left open, and the
+            closing quotes will stand on a line of their own.
+    """
+    first, *more, last = lines
+    shown = [first, *(hole.indent + line if line else "" for line in more), hole.indent + last]
+    prefix = hole.prefix.removesuffix(QUOTES) + "\n".join(shown)
+    return dataclasses.replace(hole, prefix=prefix, suffix=f"\n{hole.indent}{hole.suffix}")
 
 
 class FileContext:
@@ -86,6 +103,7 @@ class FileContext:
         return Hole(
             prefix=self._imports + shown + head + header,
             suffix=closing + body + after,
+            indent=symbol.indent,
             cut=("statements of the body",) if was_cut else (),
             examples=tuple(docstring for _, docstring in examples),
         )

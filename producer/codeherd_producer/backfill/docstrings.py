@@ -10,12 +10,20 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 #: The end of a first sentence: not after "e.g." or one letter, and a capital follows.
 _SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\b[A-Za-z])(?<!etc)[.!?](?=\s+[A-Z`\"'(])")
+
+
+#: Of a field list, at the beginning of a line.
+_FIELD = re.compile(
+    r":(?:param|parameter|arg|argument|key|keyword|type|raises?|except|exception|[ic]?var"
+    r"|returns?|rtype|yields?|ytype|meta)\b[^:]*:"
+)
 
 
 class Unwritable(Exception):
@@ -31,6 +39,28 @@ class Convention(StrEnum):
     NUMPY = "numpy"
     #: Field lists, as in Sphinx's own guide.
     SPHINX = "sphinx"
+
+
+#: What ruff takes for the head of a section, in both conventions and in one of them.
+_COMMON_HEADS = frozenset(
+    {
+        *("attributes", "examples", "methods", "notes", "raises", "references", "returns", "see also"),
+        *("warnings", "warns", "yields", "other params", "other parameters"),
+    }
+)
+_GOOGLE_HEADS = _COMMON_HEADS | {
+    *("args", "arguments", "attention", "caution", "danger", "error", "example", "hint", "important"),
+    *("keyword args", "keyword arguments", "note", "other args", "other arguments", "return", "tip"),
+    *("todo", "warning", "yield"),
+}
+_NUMPY_HEADS = _COMMON_HEADS | {"extended summary", "parameters", "receives", "short summary"}
+_HEADS = {
+    # Two have none, and ruff guesses whose they are.
+    Convention.PEP257: _GOOGLE_HEADS | _NUMPY_HEADS,
+    Convention.GOOGLE: _GOOGLE_HEADS,
+    Convention.NUMPY: _NUMPY_HEADS,
+    Convention.SPHINX: _GOOGLE_HEADS | _NUMPY_HEADS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +101,7 @@ def rendered(text: str, *, indent: str, width: int) -> tuple[str, ...]:
     if "\\" in text and any(line.endswith("\\") for line in (summary, *rest)):
         raise Unwritable("a line ends with a backslash")
     closing = 0 if rest else 3
-    if len(prefix) + len(summary) + closing > room:
+    if len(prefix) + _columns(summary) + closing > room:
         raise Unwritable("the summary does not fit on a line")
     if not rest:
         return (f'{prefix}{summary}"""',)
@@ -88,6 +118,20 @@ def composed(summary: str, sections: Sections, convention: Convention) -> str:
         Convention.SPHINX: _sphinx,
     }[convention](sections)
     return "\n\n".join([summary, *body])
+
+
+def is_section_head(line: str, convention: Convention) -> bool:
+    """Whether a convention reads a line as the head of a section."""
+    return line.strip().removesuffix(":").rstrip().casefold() in _HEADS[convention]
+
+
+def before_sections(text: str) -> str:
+    """Return a text, whose lines end as on Unix, up to its first section or field list of any convention."""
+    lines = text.split("\n")
+    for place, line in enumerate(lines):
+        if is_section_head(line, Convention.PEP257) or _FIELD.match(line.strip()):
+            return "\n".join(lines[:place])
+    return text
 
 
 def _google(sections: Sections) -> list[str]:
@@ -127,7 +171,8 @@ def _numpy_head(item: Item) -> str:
 
 def _sphinx(sections: Sections) -> list[str]:
     lines = [f":param {item.name.lstrip('*')}: {item.description}" for item in sections.parameters]
-    lines += [f":return: {item.description}" for item in (sections.returns, sections.yields) if item]
+    lines += [f":return: {sections.returns.description}"] if sections.returns else []
+    lines += [f":yields: {sections.yields.description}"] if sections.yields else []
     lines += [f":raises {item.name}: {item.description}" for item in sections.raises]
     return ["\n".join(lines)] if lines else []
 
@@ -175,9 +220,12 @@ def _finished(summary: str) -> str:
         raise Unwritable("the summary is a question")
     if not summary.endswith("."):
         summary += "."
-    first = summary.split(" ", 1)[0].rstrip(".,:;!?")
-    # D403 asks it of words of ASCII letters only; `iPhone` and names stay.
-    if first.isascii() and first.isalpha() and first.islower():
+    first = summary.split(" ", 1)[0].rstrip(".,:;!?").replace("'", "")
+    # D403 asks it of words of ASCII letters only.
+    if first.isascii() and first.isalpha() and first[0].islower():
+        if not first.islower():
+            # A name such as `iPhone`, which is right as it is, and wrong in this place.
+            raise Unwritable("begins with a name that is not capitalized")
         summary = summary[0].upper() + summary[1:]
     if summary.startswith('"') or summary.endswith('"'):
         raise Unwritable("a quote beside the quotes")
@@ -193,7 +241,7 @@ def _single_blanks(lines: Sequence[str]) -> list[str]:
 
 
 def _wrapped(line: str, room: int) -> list[str]:
-    if len(line.expandtabs(8)) <= room:
+    if _columns(line) <= room:
         return [line]
     indent = line[: len(line) - len(line.lstrip())]
     is_item = bool(re.match(r"\s*(\S+: |:\w[^:]*: |[-*] |\d+[.)] )", line))
@@ -205,6 +253,10 @@ def _wrapped(line: str, room: int) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    if any(len(part) > room for part in parts):
+    if any(_columns(part) > room for part in parts):
         raise Unwritable("a word is longer than a line")
     return parts
+
+
+def _columns(line: str) -> int:
+    return len(line.expandtabs(8)) + sum(unicodedata.east_asian_width(one) in "WF" for one in line)

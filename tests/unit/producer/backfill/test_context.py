@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from codeherd_producer.backfill.context import QUOTES, FileContext, HeaderTooLong, Hole
+from codeherd_producer.backfill.context import QUOTES, FileContext, HeaderTooLong, Hole, deeper
 from codeherd_producer.backfill.scanner import scan
 
 CODE = '''import os
@@ -105,6 +105,17 @@ def test_nothing_is_larger_than_the_budget() -> None:
         for name in ("first", "second", "Shop", "Shop.size", "last"):
             found = hole(name, CODE + "\n\n" + "x = 1\n" * 500, budget=budget)
             assert len(found.prefix) + len(found.suffix) <= budget
+
+
+def test_a_hole_may_begin_inside_the_docstring() -> None:
+    whole = hole("Shop.size")
+
+    found = deeper(whole, ['r"""One.', "", "Args:", "    a:"])
+
+    assert whole.indent == "        "
+    assert found.prefix == whole.prefix[:-3] + 'r"""One.\n\n        Args:\n            a:'
+    assert found.suffix == "\n        " + whole.suffix
+    assert deeper(whole, [QUOTES, ""]).prefix == whole.prefix + "\n        "
 
 
 def test_a_header_that_leaves_no_room_is_left_to_people() -> None:

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codeherd_producer.backfill.docstrings import Convention, Item, Sections, Unwritable, composed, rendered
+from codeherd_producer.backfill.docstrings import (
+    Convention,
+    Item,
+    Sections,
+    Unwritable,
+    before_sections,
+    composed,
+    is_section_head,
+    rendered,
+)
 from codeherd_producer.backfill.editor import Insertion, edited
 from codeherd_producer.backfill.scanner import scan
 
@@ -51,6 +60,7 @@ def literal(text: str, indent: str = "    ", width: int = 88) -> tuple[str, ...]
         ("Return it.\r\nMore.", ('"""Return it.', "", "More.", '"""')),
         ("Return the sum,\nof all.", ('"""Return the sum, of all."""',)),
         ("Use \\d here", ('r"""Use \\d here."""',)),
+        ("don't do it", ('"""Don\'t do it."""',)),
         ("Return e.g. All or none. Or it.", ('"""Return e.g. All or none.', "", "Or it.", '"""')),
         ("Do it.\n\n\n\n  x\n    y", ('"""Do it.', "", "x", "  y", '"""')),
     ],
@@ -74,6 +84,9 @@ def test_a_text_gets_its_form(text: str, lines: tuple[str, ...]) -> None:
         ("word " * 40, "does not fit"),
         ("One.\n\n" + "x" * 100, "longer than a line"),
         ('"Quoted."', "quote"),
+        ("iPhones ring.", "not capitalized"),
+        ("Show " + "\U0001f600" * 40, "does not fit"),
+        ("One.\n\n" + "\U0001f600" * 45, "longer than a line"),
     ],
 )
 def test_what_no_docstring_can_hold_is_refused(text: str, why: str) -> None:
@@ -102,6 +115,36 @@ def test_sections_follow_their_convention(convention: Convention) -> None:
         Convention.SPHINX: [":param a: The first number.", ":return: The sum.", ":raises ValueError: There"],
     }  # fmt: skip
     assert all(part in text for part in expected[convention])
+
+
+def test_a_generator_yields_in_every_convention() -> None:
+    sections = Sections(yields=Item("", "The numbers."))
+
+    assert ":yields: The numbers." in composed("Count.", sections, Convention.SPHINX)
+    assert "Yields:\n    The numbers." in composed("Count.", sections, Convention.GOOGLE)
+    assert "Yields\n------\nobject\n    The numbers." in composed("Count.", sections, Convention.NUMPY)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Do it.\n\nAnd more.", "Do it.\n\nAnd more."),
+        ("Do it.\n\nArgs:\n    a: One.", "Do it.\n"),
+        ("Do it.\n\n    See also\n    --------\n    b", "Do it.\n"),
+        ("Do it.\n:param a: One.\nMore.", "Do it."),
+        ("Do it.\n\n  :rtype: int", "Do it.\n"),
+        ("Returns:\n  One.", ""),
+        ("Do it.\n\nReturns one thing.\n:note: that", "Do it.\n\nReturns one thing.\n:note: that"),
+    ],
+)
+def test_a_text_is_cut_before_its_first_section(text: str, kept: str) -> None:
+    assert before_sections(text) == kept
+
+
+def test_each_convention_has_heads_of_its_own() -> None:
+    assert [is_section_head("  args :", one) for one in Convention] == [True, True, False, True]
+    assert [is_section_head("Parameters", one) for one in Convention] == [True, False, True, True]
+    assert not any(is_section_head("Returns: it", one) for one in Convention)
 
 
 def test_ruff_finds_no_fault_with_the_form(tmp_path: Path) -> None:

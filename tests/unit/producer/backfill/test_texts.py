@@ -7,7 +7,16 @@ import statistics
 import pytest
 
 from codeherd_producer.backfill.scanner import Symbol, scan
-from codeherd_producer.backfill.texts import Rejection, Surroundings, is_like, loops, rejection, restates
+from codeherd_producer.backfill.texts import (
+    LONGEST,
+    Rejection,
+    Surroundings,
+    is_like,
+    loops,
+    rejection,
+    restates,
+    transliterated,
+)
 
 SUFFIX = """\
     if not values:
@@ -65,6 +74,8 @@ def judged(text: str, *, truncated: bool = False, around: Surroundings | None = 
         "Compute `sum(values) / len(values)` and nothing else.",
         "Gibt den Mittelwert zurück, naïve façon.",
         "Return a mean; returns nothing special.",
+        "Return a mean.\n\nOr call mean_of(values) twice.",
+        "Say so, then do. " * 2 + "And this. " * 2 + "y" * (LONGEST - 54),
     ],
 )
 def test_a_fair_description_passes(text: str) -> None:
@@ -111,6 +122,8 @@ def test_a_fair_description_passes(text: str) -> None:
         ("Return it.\n\nRaises:\n    KeyError: Never.", Rejection.UNKNOWN_ERROR),
         ("Return it.\n\n:raises KeyError: Never.", Rejection.UNKNOWN_ERROR),
         ("Give it.\n\nYields:\n    One by one.", Rejection.NO_RESULT),
+        ("Call it\nas mean_of(values).", Rejection.SIGNATURE),
+        ("Say so. " * (LONGEST // 8 + 1), Rejection.TOO_LONG),
     ],
 )
 def test_what_a_reader_would_not_want_is_rejected_with_its_reason(text: str, reason: Rejection) -> None:
@@ -119,6 +132,28 @@ def test_what_a_reader_would_not_want_is_rejected_with_its_reason(text: str, rea
 
 def test_a_text_that_was_cut_off_is_rejected_however_good() -> None:
     assert judged("Return the mean of all values.", truncated=True) is Rejection.TRUNCATED
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "written"),
+    [
+        ("\u201cIt\u2019s\u201d \u2013 so\u2026", "ascii", '"It\'s" - so...'),
+        ("\u201cIt\u2019s\u201d \u2013 so\u2026", "utf-8", "\u201cIt\u2019s\u201d \u2013 so\u2026"),
+        ("\u201c\xe9\u201d", "latin-1", '"\xe9"'),
+        ("\u201c\u6c49\ud800", "ascii", '"\u6c49\ud800'),
+    ],
+)
+def test_typographic_characters_are_replaced_where_the_encoding_lacks_them(
+    text: str, encoding: str, written: str
+) -> None:
+    assert transliterated(text, encoding) == written
+
+
+def test_a_character_that_the_encoding_lacks_is_rejected() -> None:
+    text = "Return the na\xefve mean."
+
+    assert judged(text, around=Surroundings("", encoding="ascii")) is Rejection.ENCODING
+    assert judged(text, around=Surroundings("", encoding="latin-1")) is None
 
 
 def test_a_copy_of_another_docstring_is_rejected() -> None:
@@ -158,6 +193,8 @@ def test_loops_are_runs_and_lines() -> None:
 def test_likeness_is_that_of_characters_whatever_the_case_and_spaces() -> None:
     assert is_like("Return  THE mean.", "return the mean")
     assert not is_like("", "")
+    assert is_like("a" * 8, "a" * 12)
+    assert not is_like("a" * 8, "a" * 13)
 
 
 def test_people_who_write_docstrings_are_mostly_let_through() -> None:
