@@ -22,7 +22,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from queue import Empty
 from types import MappingProxyType
 from typing import Any, Final
@@ -523,15 +523,28 @@ class _CheckedChannel(kombu_redis.Channel):  # type: ignore[misc]
         try:
             return super()._brpop_read(**options)
         except ResponseError as err:
-            if not str(err).startswith("WRONGTYPE"):
-                raise
-            self._drop_what_is_no_list()
+            self._drop_what_is_no_list(self.active_queues, err)
             raise Empty from err
 
-    def _drop_what_is_no_list(self) -> None:
-        """Delete whatever else lies under the name of a queue: the worker would wait there for ever."""
+    def _size(self, queue: str) -> Any:
+        try:
+            return super()._size(queue)
+        except ResponseError as err:
+            # Asked for when a worker starts: it would end, and so would the next.
+            self._drop_what_is_no_list([queue], err)
+            return super()._size(queue)
+
+    def _drop_what_is_no_list(self, queues: Iterable[str], err: ResponseError) -> None:
+        """Delete whatever else lies under the name of a queue: the worker would wait there for ever.
+
+        Raises:
+            ResponseError: the error is another one.
+        """
+        # In a pipeline the command is named before it.
+        if "WRONGTYPE" not in str(err):
+            raise err
         with self.conn_or_acquire() as client:
-            for queue in self.active_queues:
+            for queue in queues:
                 for priority in self.priority_steps:
                     key = self._q_for_pri(queue, priority)
                     try:

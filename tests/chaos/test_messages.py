@@ -216,6 +216,26 @@ def test_f14_workers_live_through_garbage_among_two_hundred_jobs(
     herd.check([*first, *job_ids, *later])
 
 
+def test_f14_workers_start_though_what_waits_for_them_is_no_list(herd: NullHerd, lists: redis.Redis) -> None:
+    for name in WORKERS:
+        herd.kill(name)
+    lists.delete(*LISTS)
+    for name in LISTS:
+        lists.set(name, b"no list")
+    job_ids = submit(herd, 3)
+
+    # Both look at all lists before they take from any.
+    for name in WORKERS:
+        herd.start_worker(name)
+    herd.wait_ready(WORKERS)
+    herd.wait_state(job_ids, JobState.SUCCEEDED)
+
+    later = herd.prove_each_consumes(WORKERS)
+    for name in WORKERS:
+        assert "worker_died" not in herd.last_log(name)
+    herd.check([*job_ids, *later])
+
+
 def garbage(good: bytes, rng: random.Random) -> bytes:
     """Return bytes that are no message: random, or a good one with something wrong."""
     message = json.loads(good)
