@@ -7,14 +7,11 @@ all (`texts`), and does not generate.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Longest run of characters that is compared, as in chrF (Popović 2015).
-LONGEST_RUN = 6
-#: chrF's beta: recall counts this many times as much as precision.
-BETA = 2.0
+from codeherd_producer.backfill.metrics import chrf
+
 #: Weights of the parts.
 _CONSENSUS, _LIKELIHOOD, _LENGTH = 1.0, 0.5, 0.25
 
@@ -49,7 +46,7 @@ def scores(
     found = []
     for place, text in enumerate(texts):
         others = [other for i, other in enumerate(texts) if i != place]
-        consensus = sum(chrf(text, other) for other in others) / len(others) if others else 0.0
+        consensus = sum(likeness(text, other) for other in others) / len(others) if others else 0.0
         own = logprobs[place]
         likelihood = math.exp(sum(own) / len(own)) if own else 0.0
         found.append(Score(consensus, likelihood, length_score(len(text), usual_lengths)))
@@ -72,31 +69,8 @@ def length_score(length: int, usual: Sequence[int]) -> float:
     return 1.0 / (1.0 + away)
 
 
-def chrf(one: str, two: str) -> float:
-    """Return how alike two texts are, [0, 1]: the F-score of their runs of 1 to 6 characters.
-
-    Spaces do not count, as in chrF. Made symmetric, since neither text is the reference.
-    """
-    return (_chrf(one, two) + _chrf(two, one)) / 2
-
-
-def _chrf(text: str, reference: str) -> float:
-    said, wanted = "".join(text.split()), "".join(reference.split())
-    precisions, recalls = [], []
-    for length in range(1, LONGEST_RUN + 1):
-        mine, theirs = _runs(said, length), _runs(wanted, length)
-        if not mine or not theirs:
-            continue
-        common = (mine & theirs).total()
-        precisions.append(common / mine.total())
-        recalls.append(common / theirs.total())
-    if not precisions:
-        return float(said == wanted)
-    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
-    if precision + recall == 0:
-        return 0.0
-    return (1 + BETA**2) * precision * recall / (BETA**2 * precision + recall)
-
-
-def _runs(text: str, length: int) -> Counter[str]:
-    return Counter(text[start : start + length] for start in range(len(text) - length + 1))
+def likeness(one: str, two: str) -> float:
+    """Return how alike two texts are, [0, 1]: chrF, made symmetric since neither is the reference."""
+    if not (one.strip() or two.strip()):
+        return 1.0
+    return (chrf(one, two) + chrf(two, one)) / 2

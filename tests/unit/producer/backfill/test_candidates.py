@@ -6,24 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codeherd_producer.backfill.candidates import Score, best, chrf, length_score, scores
+from codeherd_producer.backfill.candidates import Score, best, length_score, likeness, scores
 
 
 @given(st.text(max_size=80), st.text(max_size=80))
 def test_likeness_is_between_none_and_all_and_the_same_from_both_sides(one: str, two: str) -> None:
-    assert 0 <= chrf(one, two) <= 1
-    assert chrf(one, two) == chrf(two, one)
-    assert chrf(one, one) == pytest.approx(1)
+    assert 0 <= likeness(one, two) <= 1
+    assert likeness(one, two) == likeness(two, one)
+    assert likeness(one, one) == pytest.approx(1)
 
 
 def test_likeness_grows_with_what_is_shared() -> None:
     text = "Return the mean of all values."
 
-    rising = [chrf(text, other) for other in ("xyz", "Say no.", "Return it all.", "Return the mean.", text)]
+    rising = [
+        likeness(text, other) for other in ("xyz", "Say no.", "Return it all.", "Return the mean.", text)
+    ]
 
     assert rising == sorted(rising)
     assert rising[0] == 0
-    assert chrf("a b", "ab") == 1, "spaces do not count"
+    assert likeness("a b", "ab") == 1, "spaces do not count"
 
 
 def test_what_several_samples_say_wins_over_what_one_does() -> None:
