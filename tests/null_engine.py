@@ -13,6 +13,8 @@ The first line of a prompt may be an order, which the engine sees as ordinary to
     #! raise NAME         the sequence fails with this exception: built in, of `codeherd_schema.errors`, or
                           `Unspeakable`
     #! break              the engine refuses this and all further work
+
+It can say sentences instead of hashes: what it then gives for a hole may stand in a docstring.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ ORDER = "#! "
 LOOK_S = 0.005
 #: Made-up tokens come from this many ordinary pieces.
 PIECES = 200
+#: Sentences are put together of these.
+_VERBS = ("Return", "Collect", "Compare", "Remove", "Update", "Measure", "Rewrite", "Describe", "Sort", "Join")
+_KINDS = ("open", "older", "nearest", "remaining", "broken", "marked", "quiet", "shared", "hidden", "cheap")
+_THINGS = ("rows", "windows", "readers", "bridges", "letters", "engines", "parcels", "roads", "voices", "maps")
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +63,8 @@ class _Sequence:
     submitted_at: float
     admitted_at: float = 0.0
     steps: int = 0
+    #: What it says, token by token; None makes them up.
+    script: list[int] | None = None
     future: Future[SequenceOutcome] = field(default_factory=Future)
 
 
@@ -65,14 +73,18 @@ class NullEngine:
 
     fingerprint = "null"
 
-    def __init__(self, vocabulary: Vocabulary, *, slots: int, step_s: float) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, *, slots: int, step_s: float, in_sentences: bool = False
+    ) -> None:
         """Start.
 
         Args:
             vocabulary: to read orders with, and to choose tokens from.
             slots: sequences at a time; more wait.
             step_s: pause after a step, seconds.
+            in_sentences: give a sentence for each prompt and seed, then closing quotes.
         """
+        self._in_sentences = in_sentences
         self._vocabulary = vocabulary
         self._slots = slots
         self._step_s = step_s
@@ -91,6 +103,9 @@ class NullEngine:
     def submit(self, request: SequenceRequest) -> Future[SequenceOutcome]:
         """Put a sequence in line."""
         sequence = _Sequence(request, self._order_of(request), time.monotonic())
+        if self._in_sentences:
+            text = sentence(repr((request.prompt_ids, request.sampling.seed)))
+            sequence.script = self._vocabulary.encode_raw(f'{text}"""\n')
         with self._turn:
             if self.broken or self._closed:
                 raise EngineFailed("the engine is broken")
@@ -166,7 +181,7 @@ class NullEngine:
         if not self._may_go_on(sequence):
             return False
         self._tokens += 1
-        reason = request.stopper.push(self._token(request))
+        reason = request.stopper.push(self._token(sequence))
         if reason is None and len(request.stopper.token_ids) >= request.stopper.max_new_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
@@ -193,7 +208,10 @@ class NullEngine:
                 return False
         return True
 
-    def _token(self, request: SequenceRequest) -> int:
+    def _token(self, sequence: _Sequence) -> int:
+        request = sequence.request
+        if sequence.script:
+            return sequence.script.pop(0)
         place = (request.prompt_ids, request.sampling.seed, len(request.stopper.token_ids))
         digest = hashlib.blake2b(repr(place).encode(), digest_size=4).digest()
         return self._ordinary[int.from_bytes(digest, "big") % len(self._ordinary)]
@@ -226,6 +244,18 @@ class NullEngine:
         )
 
 
+def sentence(of: str) -> str:
+    """Return a sentence that follows from a text; two texts hardly give the same one."""
+    digest = hashlib.blake2b(of.encode()).digest()
+    words = [
+        words[digest[place] % len(words)]
+        for place, words in enumerate((_VERBS, _KINDS, _THINGS, _VERBS, _KINDS, _THINGS, _KINDS, _THINGS))
+    ]
+    words[3] = f"and {words[3].lower()}"
+    words[6] = f"of the {words[6]}"
+    return " ".join(words) + "."
+
+
 class Unspeakable(Exception):
     """Has nothing to say, and breaks whoever asks."""
 
@@ -254,11 +284,17 @@ class NullObserver:
 
 
 def prepare_null(
-    settings: WorkerSettings, model: ServedModel, *, device: Device, worker_id: str, step_s: float = 0.0
+    settings: WorkerSettings,
+    model: ServedModel,
+    *,
+    device: Device,
+    worker_id: str,
+    step_s: float = 0.0,
+    in_sentences: bool = False,
 ) -> Prepared:
     """Make a null engine in the shape of a real one; it serves any model with the tokenizer of `tiny`."""
     vocabulary = Vocabulary.from_folder(EMBEDDED_FOLDER)
-    engine = NullEngine(vocabulary, slots=settings.worker_slots, step_s=step_s)
+    engine = NullEngine(vocabulary, slots=settings.worker_slots, step_s=step_s, in_sentences=in_sentences)
     generator = Generator(model, vocabulary, engine, revision="null", quantization="none")
     return Prepared(generator, NullObserver(engine, model, worker_id), close=engine.close)
 

@@ -8,6 +8,7 @@ Environment, beside the worker's settings:
 
     CODEHERD_TEST_STEP_S       pause of the null engine after each step, seconds; 0 without
     CODEHERD_TEST_FAILPOINTS   a folder: a file in it makes a call to the store go wrong
+    CODEHERD_TEST_SENTENCES    1 lets the null engine say sentences
 
 A failpoint is a file named ACTION-WHEN-METHOD, such as `kill-after-succeed`. ACTION is one of
 
@@ -48,6 +49,8 @@ T = TypeVar("T")
 FAILPOINTS = "CODEHERD_TEST_FAILPOINTS"
 #: The null engine's pause.
 STEP_S = "CODEHERD_TEST_STEP_S"
+#: Whether it says sentences.
+SENTENCES = "CODEHERD_TEST_SENTENCES"
 
 
 class FaultyStore(Store):
@@ -90,7 +93,11 @@ def load_process(settings: WorkerSettings, name: str, device: Device) -> WorkerP
         settings,
         name=name,
         device=device,
-        prepare=functools.partial(prepare_null, step_s=float(os.environ.get(STEP_S, "0"))),
+        prepare=functools.partial(
+            prepare_null,
+            step_s=float(os.environ.get(STEP_S, "0")),
+            in_sentences=os.environ.get(SENTENCES) == "1",
+        ),
         open_store=FaultyStore.open if FAILPOINTS in os.environ else Store.open,
     )
 

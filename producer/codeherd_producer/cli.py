@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("pauses:resume", "Let paused jobs start again"),
     "prune": ("prune:prune", "Delete what ended long ago"),
     "prompt": ("prompt:prompt", "Show the exact tokens that a model would get"),
+    "backfill": ("backfill:backfill", "Write the docstrings that a repository lacks"),
     "models": ("models:models", "Show what can be served"),
     "up": ("stack:up", "Run the whole stack in this terminal"),
     "worker": ("stack:worker", "Run one model on this machine's devices"),

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codeherd_producer.backfill.docstrings import Convention
+from codeherd_producer.backfill.options import Kinds, Options
+from codeherd_producer.backfill.outcome import EditedFile, LeftAlone, edited_files
+from codeherd_producer.backfill.run import Backfill, Limits
+from codeherd_producer.backfill.selection import Selection
+from codeherd_producer.client import Client
+from codeherd_schema.backfills import Backfills, FileState, Progress, Run, RunState, TargetState
+from codeherd_schema.requests import InfillRequest
+from codeherd_schema.settings import SharedSettings
+from codeherd_schema.states import JobState
+from codeherd_schema.store import Commit, Store
+from tests.by_hand import claim, result_of
+from tests.null_engine import sentence
+
+FILES = {
+    "one.py": "def first(a, b):\n    return a + b\n\n\nclass Second:\n    def third(self):\n"
+    "        return 3\n",
+    "two.py": "def fourth(x):\r\n    return x\r\n",
+    "sub/three.py": '"""Documented."""\n\n\ndef fifth():\n    """Say five."""\n    return 5\n',
+    "broken.py": "def (:\n",
+}
+#: Of the above, those that lack a docstring and are wanted.
+TARGETS = 4
+Source = Callable[[InfillRequest, int], str]
+
+
+def fine(request: InfillRequest, seed: int) -> str:
+    """Give a sentence that follows from the prompt."""
+    return sentence(f"{request.prefix}{request.suffix}{seed}")
+
+
+def hopeless(request: InfillRequest, seed: int) -> str:
+    return "Description here."
+
+
+def fine_when_sampled(request: InfillRequest, seed: int) -> str:
+    return fine(request, seed) if request.sampling.temperature else "Description here."
+
+
+class Killed(BaseException):
+    """What ends a process."""
+
+
+@dataclass
+class Bench:
+    """A folder, a database, and a worker that runs whatever is queued when it is told to."""
+
+    client: Client
+    store: Store
+    rows: Backfills
+    root: Path
+    source: Source = fine
+    fails: bool = False
+    #: Jobs that were run.
+    ran: list[str] = field(default_factory=list)
+
+    def options(self, **more: Any) -> Options:
+        return Options(model="tiny", context_chars=2_000, **more)
+
+    def create(self, options: Options | None = None) -> Run:
+        chosen = options or self.options()
+        return self.rows.create(str(self.root), chosen.model, chosen.model_dump(mode="json"))
+
+    def carry(self, run: Run, rows: Backfills | None = None, **how: Any) -> RunState:
+        work = Backfill(self.client, rows or self.rows, self.rows.get(run.id), turn_s=0.0)
+        if self.rows.get(run.id).state is RunState.PLANNING:
+            work.plan()
+        return work.work(told=self.work, **how)
+
+    def work(self, _: Progress | None = None) -> None:
+        """Run every queued job."""
+        for job in self.store.list(state=JobState.QUEUED, limit=1_000):
+            claimed = claim(self.store, job.id)
+            self.ran.append(job.id)
+            if self.fails:
+                self.store.fail(claimed, code="out_of_memory", message="no room")
+                continue
+            request = claimed.job.request
+            assert isinstance(request, InfillRequest)
+            seed = request.sampling.seed or 0
+            texts = [self.source(request, seed + index) for index in range(request.sampling.n)]
+            whole = result_of(claimed, "")
+            [one] = whole.candidates
+            candidates = [
+                one.model_copy(update={"index": i, "text": text, "seed": seed + i})
+                for i, text in enumerate(texts)
+            ]
+            result = whole.model_copy(update={"candidates": tuple(candidates)})
+            assert self.store.succeed(claimed, result) is Commit.STORED
+
+    def edited(self, run: Run) -> dict[str, bytes]:
+        found = {}
+        for one in edited_files(self.rows, run):
+            assert isinstance(one, EditedFile)
+            found[one.file.path] = one.after
+        return found
+
+    def states(self, run: Run) -> dict[str, FileState]:
+        return {file.path: file.state for file in self.rows.files(run.id, states=list(FileState))}
+
+
+@pytest.fixture
+def bench(database_url: str, store: Store, tmp_path: Path) -> Iterator[Bench]:
+    root = tmp_path / "project"
+    for path, text in FILES.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(text.encode())
+    settings = SharedSettings.model_validate({"database_url": database_url, "poll_interval_s": 0.02})
+    with Client(settings, publish=False) as client, contextlib.closing(Backfills.open(database_url)) as rows:
+        yield Bench(client, store, rows, root)
+
+
+def test_a_run_documents_what_lacks_a_docstring_and_leaves_the_rest(bench: Bench) -> None:
+    run = bench.create()
+
+    assert bench.carry(run) is RunState.DONE
+
+    assert bench.states(run) == {
+        "broken.py": FileState.SKIPPED,
+        "one.py": FileState.DONE,
+        "sub/three.py": FileState.DONE,
+        "two.py": FileState.DONE,
+    }
+    progress = bench.rows.progress(run.id)
+    assert progress.targets == {TargetState.OPEN: 0, TargetState.ACCEPTED: TARGETS, TargetState.REJECTED: 0}
+    assert (progress.asked, progress.ended, len(bench.ran)) == (TARGETS, TARGETS, TARGETS)
+    edited = bench.edited(run)
+    assert list(edited) == ["one.py", "two.py"]
+    assert edited["two.py"].count(b"\r\n") == edited["two.py"].count(b"\n") == 3
+    assert edited["one.py"].count(b'"""') == 6
+    [job] = {bench.client.row(job_id).run_id for job_id in bench.ran}
+    assert job == run.id
+
+
+def test_a_second_run_over_what_was_given_asks_nothing(bench: Bench) -> None:
+    first = bench.create()
+    bench.carry(first)
+    for path, content in bench.edited(first).items():
+        (bench.root / path).write_bytes(content)
+    ran = len(bench.ran)
+
+    second = bench.create()
+    assert bench.carry(second) is RunState.DONE
+
+    assert len(bench.ran) == ran
+    assert bench.rows.progress(second.id).asked == 0
+    assert bench.edited(second) == {}
+
+
+def test_a_run_over_the_same_code_takes_the_texts_that_are_there(bench: Bench) -> None:
+    first, second, third = bench.create(), bench.create(), bench.create(bench.options(salt="anew"))
+    bench.carry(first)
+    bench.carry(second)
+    assert len(bench.ran) == TARGETS
+    bench.carry(third)
+
+    assert len(bench.ran) == 2 * TARGETS
+    assert bench.edited(first) == bench.edited(second)
+
+
+class Fragile(Backfills):
+    """Dies before or after the n-th write."""
+
+    def prepare(self, n: int, *, is_after: bool) -> None:
+        self.left, self.is_after = n, is_after
+
+    def _through(self, call: Callable[[], Any]) -> Any:
+        self.left -= 1
+        if self.left == 0 and not self.is_after:
+            raise Killed
+        answer = call()
+        if self.left == 0:
+            raise Killed
+        return answer
+
+    def add_files(self, *a: Any, **k: Any) -> Any:
+        return self._through(lambda: super(Fragile, self).add_files(*a, **k))
+
+    def ask(self, *a: Any, **k: Any) -> Any:
+        return self._through(lambda: super(Fragile, self).ask(*a, **k))
+
+    def settle(self, *a: Any, **k: Any) -> Any:
+        return self._through(lambda: super(Fragile, self).settle(*a, **k))
+
+    def set_state(self, *a: Any, **k: Any) -> Any:
+        return self._through(lambda: super(Fragile, self).set_state(*a, **k))
+
+
+@pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
+def test_a_run_killed_at_any_write_comes_to_the_same_end_and_asks_nothing_twice(
+    bench: Bench, database_url: str, is_after: bool
+) -> None:
+    bench.source = fine_when_sampled
+    calm = bench.create(bench.options(convention=Convention.GOOGLE))
+    bench.carry(calm)
+    expected, questions = bench.edited(calm), len(bench.ran)
+    assert questions > 2 * TARGETS
+    kills = 0
+    with contextlib.closing(Fragile.open(database_url)) as fragile:
+        while True:
+            bench.ran.clear()
+            run = bench.create(bench.options(convention=Convention.GOOGLE, salt=f"{kills}"))
+            fragile.prepare(kills + 1, is_after=is_after)
+            try:
+                bench.carry(run, fragile)
+            except Killed:
+                kills += 1
+                assert bench.carry(run) is RunState.DONE
+            else:
+                break
+            assert len(bench.ran) == len(set(bench.ran)) == questions
+            assert {path: len(after) for path, after in bench.edited(run).items()}.keys() == expected.keys()
+            again = bench.create(bench.options(convention=Convention.GOOGLE, salt=f"{kills - 1}"))
+            bench.carry(again)
+            assert len(bench.ran) == questions
+            assert bench.edited(again) == bench.edited(run)
+    # Plan, start, two files of two questions and verdicts each at the least.
+    assert kills >= 8
+
+
+def test_a_text_that_is_rejected_is_asked_for_again_and_all_are_kept(bench: Bench) -> None:
+    bench.source = fine_when_sampled
+    run = bench.create()
+
+    bench.carry(run)
+
+    assert bench.rows.progress(run.id).targets[TargetState.ACCEPTED] == TARGETS
+    [(_, target)] = bench.rows.targets_named(run.id, "Second.third")
+    texts = bench.rows.candidates(target.id)
+    assert (texts[0].exchange, texts[0].reason) == (0, "placeholder")
+    assert [one.exchange for one in texts[1:]] == [1, 1]
+    assert target.text in {one.text for one in texts}
+
+
+def test_what_gets_no_good_text_is_left_with_the_reason(bench: Bench) -> None:
+    bench.source = hopeless
+    run = bench.create()
+
+    assert bench.carry(run) is RunState.DONE
+
+    assert bench.rows.reasons(run.id) == {"placeholder": TARGETS}
+    assert bench.edited(run) == {}
+
+
+def test_a_job_that_failed_is_a_reason_and_runs_again_for_the_next_run(bench: Bench) -> None:
+    bench.fails = True
+    run = bench.create()
+    assert bench.carry(run) is RunState.DONE
+    assert bench.rows.reasons(run.id) == {"out_of_memory": TARGETS}
+
+    bench.fails = False
+    again = bench.create()
+    bench.carry(again)
+
+    assert bench.rows.progress(again.id).targets[TargetState.ACCEPTED] == TARGETS
+
+
+def test_a_file_that_changes_while_its_jobs_run_is_left_alone(bench: Bench) -> None:
+    run = bench.create()
+    Backfill(bench.client, bench.rows, run).plan()
+    assert bench.carry(run, limits=Limits(jobs=1)) is RunState.STOPPED
+    (bench.root / "two.py").write_bytes(b"def other(): ...\n")
+
+    assert bench.carry(run) is RunState.DONE
+
+    assert bench.states(run)["two.py"] is FileState.CHANGED
+    assert list(bench.edited(run)) == ["one.py"]
+
+
+def test_a_file_that_changes_after_its_texts_came_is_left_alone_unless_it_has_them(bench: Bench) -> None:
+    run = bench.create()
+    bench.carry(run)
+    edited = bench.edited(run)
+    (bench.root / "one.py").write_bytes(edited["one.py"])
+    (bench.root / "two.py").write_bytes(b"def fourth(x):\n    return x + 1\n")
+
+    found = list(edited_files(bench.rows, run))
+
+    assert [(one.file.path, one.has_docstrings) for one in found if isinstance(one, LeftAlone)] == [
+        ("one.py", True),
+        ("two.py", False),
+    ]
+    assert len(found) == 2
+
+
+def test_a_budget_ends_the_work_and_a_resumed_run_asks_only_the_rest(bench: Bench) -> None:
+    run = bench.create()
+    assert bench.carry(run, limits=Limits(jobs=1)) is RunState.STOPPED
+    assert bench.rows.get(run.id).state is RunState.STOPPED
+    bench.work()
+
+    assert bench.carry(run) is RunState.DONE
+
+    assert len(bench.ran) == len(set(bench.ran)) == TARGETS
+
+
+def test_two_processes_on_one_run_do_no_harm(bench: Bench, database_url: str) -> None:
+    run = bench.create()
+    work = Backfill(bench.client, bench.rows, run, turn_s=0.0)
+    work.plan()
+
+    with contextlib.closing(Backfills.open(database_url)) as rows:
+        other = Backfill(bench.client, rows, run, turn_s=0.0)
+
+        def both(progress: Progress) -> None:
+            bench.work(progress)
+            other.work(limits=Limits(seconds=0))
+
+        assert work.work(told=both) is RunState.DONE
+
+    assert len(bench.ran) == len(set(bench.ran)) == TARGETS
+    assert bench.rows.progress(run.id).asked == TARGETS
+
+
+def test_several_candidates_are_ranked_and_kept_with_their_scores(bench: Bench) -> None:
+    run = bench.create(bench.options(candidates=3))
+
+    bench.carry(run)
+
+    [(_, target)] = bench.rows.targets_named(run.id, "first")
+    texts = bench.rows.candidates(target.id)
+    assert len(texts) == 3
+    assert all({*one.score_parts} == {"consensus", "likelihood", "length"} for one in texts)
+    assert target.score is not None
+
+
+def test_the_kinds_are_those_of_the_selection() -> None:
+    names = {one.name for one in fields(Selection)}
+    assert set(Kinds.model_fields) == names
+    rules = Selection()
+    assert Kinds().selection() == rules
