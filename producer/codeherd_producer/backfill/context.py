@@ -16,7 +16,6 @@ import ast
 import bisect
 import dataclasses
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -118,13 +117,9 @@ class FileContext:
         return self._starts[symbol.end_line] if symbol.end_line < len(self._starts) else len(self._text)
 
     def _find_imports(self) -> str:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(self._text)
         found = [
-            self._text[self._starts[node.lineno - 1] : self._starts_of(node.end_lineno or node.lineno)]
-            for node in tree.body
-            if isinstance(node, (ast.Import, ast.ImportFrom))
+            self._text[self._starts[first - 1] : self._starts_of(last)]
+            for first, last in self._scan.import_lines
         ]
         return "".join(_ended(_unix(lines)) for lines in found) + ("\n\n" if found else "")
 

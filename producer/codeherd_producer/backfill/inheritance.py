@@ -237,4 +237,4 @@ def _words_of(file: Path) -> tuple[str, ...]:
 
 
 #: Of a file that cannot be read.
-_NOTHING: Final = Scan("utf-8", False, "", (), ())
+_NOTHING: Final = Scan("utf-8", False, "", (), (), ())

@@ -129,6 +129,8 @@ class Scan:
     symbols: tuple[Symbol, ...]
     #: In the order of the file.
     imports: tuple[Import, ...]
+    #: First and last line, from 1, of each import at the top level.
+    import_lines: tuple[tuple[int, int], ...]
 
     def encoded(self, text: str) -> bytes:
         """Return a text in this file's encoding.
@@ -161,7 +163,12 @@ def scan(raw: bytes) -> Scan:
             raise Unreadable(f"syntax: {getattr(err, 'msg', None) or err}") from err
         except (RecursionError, MemoryError) as err:
             raise Unreadable("nested too deeply for this interpreter") from err
-    return Scan(encoding, has_bom, text, symbols, tuple(uses.imports))
+    import_lines = tuple(
+        (node.lineno, node.end_lineno or node.lineno)
+        for node in tree.body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    )
+    return Scan(encoding, has_bom, text, symbols, tuple(uses.imports), import_lines)
 
 
 def _decoded(raw: bytes) -> tuple[str, str]:
@@ -512,7 +519,8 @@ def from_json(document: dict[str, Any]) -> Scan:
         lists["parameters"] = tuple(Parameter(**one) for one in fields["parameters"])
         symbols.append(Symbol(**lists))
     imports = tuple(Import(**one) for one in document["imports"])
-    return Scan(document["encoding"], document["has_bom"], document["text"], tuple(symbols), imports)
+    lines = tuple((first, last) for first, last in document["import_lines"])
+    return Scan(document["encoding"], document["has_bom"], document["text"], tuple(symbols), imports, lines)
 
 
 def _document(raw: bytes) -> dict[str, Any]:
