@@ -293,6 +293,8 @@ def _notes(scale: Scale) -> str:
   off, so that nobody waits for a disk there. With SQLite everybody does: codeherd opens it with a write-ahead
   log and one fsync per commit, Celery with SQLite's defaults, a rollback journal and its fsyncs. Celery opens
   a connection for every result that threads store or a client reads: that is its default.
+- codeherd runs one worker process per device, with as many slots as jobs run at the same time. "2 processes"
+  is a herd of two devices, half the slots each: Python runs on two cores there, as in Celery's prefork pool.
 - Leases, acknowledgements and heartbeats have each system's default length. rq and dramatiq keep results for
   a day here, so that none expires within a run."""
 

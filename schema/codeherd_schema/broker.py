@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import ssl
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
@@ -137,6 +139,11 @@ class Broker:
         # so closing one would close the other's.
         self._pool = self._connection().Pool(limit=CONNECTIONS)
         self._queues: dict[str, kombu.Queue] = {}
+        # Jobs that have ended and of which nobody was told yet.
+        self._ended: deque[str] = deque()
+        self._speaks = threading.Lock()
+        self._speaker: Any = None
+        self._channel: Any = None
 
     def publish(self, hints: Sequence[Hint]) -> None:
         """Send one message per hint.
@@ -217,11 +224,35 @@ class Broker:
     def announce(self, job_id: str) -> None:
         """Say that a job has ended, to whoever listens.
 
+        One thread at a time speaks, also for those who come meanwhile: they return at once.
+
         Raises:
             BrokerUnavailable: Redis did not answer in time.
         """
-        with self._connected() as connection, connection.default_channel.conn_or_acquire() as client:
-            client.publish(DONE_CHANNEL, job_id)
+        self._ended.append(job_id)
+        # Looked at again after the release: who comes just before it leaves a word with nobody to say it.
+        while self._ended and self._speaks.acquire(blocking=False):
+            try:
+                self._announce_all()
+            finally:
+                self._speaks.release()
+
+    def _announce_all(self) -> None:
+        job_ids = [self._ended.popleft() for _ in range(len(self._ended))]
+        with self._reachable():
+            if self._speaker is None:
+                self._speaker = self._connection()
+            if self._channel is None:
+                # Kept: kombu's pool, and its look at the connection, cost more than the message.
+                self._channel = self._speaker.default_channel
+            with self._channel.conn_or_acquire() as client:
+                if len(job_ids) == 1:
+                    client.publish(DONE_CHANNEL, job_ids[0])
+                    return
+                with client.pipeline(transaction=False) as pipe:
+                    for job_id in job_ids:
+                        pipe.publish(DONE_CHANNEL, job_id)
+                    pipe.execute()
 
     def endings(self) -> Endings:
         """Listen for ended jobs, from now until the listener is closed.
@@ -272,6 +303,8 @@ class Broker:
 
     def close(self) -> None:
         """Close every connection."""
+        if self._speaker is not None:
+            self._speaker.release()
         self._pool.force_close_all()
         self._app.close()
 

@@ -9,32 +9,61 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Double, bindparam, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    Row,
+    bindparam,
+    false,
+    insert,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.sql.dml import ReturningUpdate
+from sqlalchemy.sql.visitors import replacement_traverse
 
 from codeherd_schema.database import Database, now
+from codeherd_schema.group_commit import GroupCommit
 from codeherd_schema.jobs import Job, instant, job_of, storable
 from codeherd_schema.requests import SCHEMA_VERSION, JobKind
 from codeherd_schema.results import Result
 from codeherd_schema.states import FINAL_STATES, JobState, Move, target
-from codeherd_schema.tables import attempts, is_due, jobs, results
+from codeherd_schema.tables import attempts, is_due, jobs, results, state_is
 
 #: Characters of an error message that are kept.
 MAX_MESSAGE: Final = 2_000
 
 
+def _is_due_by_id() -> ColumnElement[bool]:
+    """Return `is_due` for a job that is named by its id, with the state where no planner sees it.
+
+    PostgreSQL with old statistics takes an index of all queued jobs for smaller than one look at the key.
+    """
+    seen = state_is(JobState.QUEUED)
+    unseen = jobs.c.state.concat(literal_column("''")) == literal_column(f"'{JobState.QUEUED}'")
+
+    def replaced(element: ColumnElement[Any], **_: Any) -> ColumnElement[Any] | None:
+        return unseen if seen.compare(element) else None
+
+    return replacement_traverse(is_due(), {}, replaced)
+
+
 # Built once: to build these for each job costs as much again as to run them.
 _CLAIM: Final = (
     update(jobs)
-    # What a newer version submitted waits for a newer worker.
-    .where(jobs.c.schema_version <= SCHEMA_VERSION, jobs.c.kind.in_([*JobKind]))
-    .where(jobs.c.id == bindparam("this_job"), is_due())
+    # What a newer version submitted waits for a newer worker. Each kind by itself: the values of a list are
+    # put into the text of the statement anew at each execution.
+    .where(jobs.c.schema_version <= SCHEMA_VERSION, or_(*(jobs.c.kind == kind.value for kind in JobKind)))
+    .where(jobs.c.id == bindparam("this_job"), _is_due_by_id())
     .values(
         state=target(Move.CLAIM).value,
         attempt=jobs.c.attempt + 1,
@@ -45,7 +74,6 @@ _CLAIM: Final = (
     )
     .returning(*jobs.c)
 )
-_CLAIM_OURS: Final = _CLAIM.where(jobs.c.queue.in_(bindparam("our_queues", expanding=True)))
 _HEARTBEAT: Final = (
     update(jobs)
     .where(
@@ -64,8 +92,19 @@ _HEARTBEAT: Final = (
         now().label("now"),
     )
 )
+# As in the heartbeat; the attempts are compared afterwards.
+_SUCCEED_ALL: Final = (
+    update(jobs)
+    .where(
+        jobs.c.id.in_(bindparam("these_jobs", expanding=True)),
+        jobs.c.lease_id.in_(bindparam("these_leases", expanding=True)),
+    )
+    .values(state=target(Move.SUCCEED).value, lease_id=None, lease_until=None, finished_at=now())
+    .returning(jobs.c.id, jobs.c.attempt, jobs.c.worker_id, jobs.c.started_at, now().label("now"))
+)
 _INSERT_RESULT: Final = insert(results).values(created_at=now())
-_INSERT_ATTEMPT: Final = insert(attempts)
+# Inline: nobody asks for the number that the row got.
+_INSERT_ATTEMPT: Final = insert(attempts).inline()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +166,7 @@ class Leases:
             "lease_s": lease_s,
             "this_worker": storable(worker_id, most=255),
         }
-        statement = _CLAIM
-        if queues is not None:
-            statement, values["our_queues"] = _CLAIM_OURS, list(queues)
+        statement = _claim_of(None if queues is None else tuple(queues))
         row = self._database.write(
             lambda connection: connection.execute(statement, values).one_or_none(), fleeting=True
         )
@@ -172,18 +209,12 @@ class Leases:
     def succeed(self, claim: Claim, result: Result) -> Commit:
         """Store the one result of the job and end it, in one transaction.
 
-        May be repeated after a `DatabaseUnavailable` until the answer is known.
+        Threads that meet here share the transaction. May be repeated after a `DatabaseUnavailable` until the
+        answer is known.
         """
         if (result.job_id, result.attempt) != (claim.job.id, claim.attempt):
             raise ValueError("the result belongs to another attempt")
-
-        def work(connection: Connection) -> Commit:
-            commit = self._end(connection, claim, Move.SUCCEED)
-            if commit is Commit.STORED:
-                connection.execute(_INSERT_RESULT, _result_row(result))
-            return commit
-
-        return self._database.write(work)
+        return self._successes.do((claim, _result_row(result)))
 
     def fail(self, claim: Claim, *, code: str, message: str) -> Commit:
         """End the job with an error that another attempt cannot mend."""
@@ -218,6 +249,26 @@ class Leases:
     def expire_running(self, claim: Claim) -> Commit:
         """End the job because its deadline passed."""
         return self._database.write(lambda connection: self._end(connection, claim, Move.EXPIRE))
+
+    @functools.cached_property
+    def _successes(self) -> GroupCommit[tuple[Claim, dict[str, Any]], Commit]:
+        return GroupCommit(self._succeed_together)
+
+    def _succeed_together(self, ends: Sequence[tuple[Claim, dict[str, Any]]]) -> list[Commit]:
+        def work(connection: Connection) -> list[Commit]:
+            # Two leases of one job can meet, and one of them is lost: its row could not tell which.
+            firsts = {claim.job.id: claim for claim, _ in reversed(ends)}
+            stored = _succeed_all(connection, firsts.values()) if len(ends) > 1 else set()
+            commits = [
+                Commit.STORED if claim.lease_id in stored else self._end(connection, claim, Move.SUCCEED)
+                for claim, _ in ends
+            ]
+            rows = [row for (_, row), commit in zip(ends, commits, strict=True) if commit is Commit.STORED]
+            if rows:
+                connection.execute(_INSERT_RESULT, rows)
+            return commits
+
+        return self._database.write(work)
 
     def _end_unless_cancelled(
         self, connection: Connection, claim: Claim, move: Move, values: dict[str, Any]
@@ -268,19 +319,47 @@ def end_attempt(
     row = connection.execute(statement, lease).one_or_none()
     if row is None:
         return False
-    ended = {
+    connection.execute(_INSERT_ATTEMPT, _attempt_row(job_id, lease_id, attempt, move, values, row))
+    return True
+
+
+def _succeed_all(connection: Connection, claims: Collection[Claim]) -> set[str]:
+    """End these attempts, each of another job, and return the leases of those that were the jobs' own.
+
+    Raises:
+        ValueError: nobody can have such a claim; the transaction must be rolled back.
+    """
+    leases = {
+        "these_jobs": [claim.job.id for claim in claims],
+        "these_leases": [claim.lease_id for claim in claims],
+    }
+    rows = {row.id: row for row in connection.execute(_SUCCEED_ALL, leases)}
+    if any(rows[claim.job.id].attempt != claim.attempt for claim in claims if claim.job.id in rows):
+        raise ValueError("a lease belongs to another attempt")
+    ended = [
+        _attempt_row(claim.job.id, claim.lease_id, claim.attempt, Move.SUCCEED, {}, rows[claim.job.id])
+        for claim in claims
+        if claim.job.id in rows
+    ]
+    if ended:
+        connection.execute(_INSERT_ATTEMPT, ended)
+    return {row["lease_id"] for row in ended}
+
+
+def _attempt_row(
+    job_id: str, lease_id: str, attempt: int, move: Move, values: Mapping[str, Any], ended: Row[Any]
+) -> dict[str, Any]:
+    return {
         "job_id": job_id,
         "attempt": attempt,
         "lease_id": lease_id,
-        "worker_id": row.worker_id,
-        "started_at": row.started_at,
-        "ended_at": row.now,
+        "worker_id": ended.worker_id,
+        "started_at": ended.started_at,
+        "ended_at": ended.now,
         "outcome": move.value,
         "error_code": values.get("error_code"),
         "error_message": values.get("error_message"),
     }
-    connection.execute(_INSERT_ATTEMPT, ended)
-    return True
 
 
 @functools.cache
@@ -301,6 +380,11 @@ def _ending(state: JobState) -> ReturningUpdate[Any]:
         )
         .returning(jobs.c.worker_id, jobs.c.started_at, now().label("now"))
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _claim_of(queues: tuple[str, ...] | None) -> ReturningUpdate[Any]:
+    return _CLAIM if queues is None else _CLAIM.where(or_(false(), *(jobs.c.queue == q for q in queues)))
 
 
 def _commit_of_ended(connection: Connection, claim: Claim, moves: Collection[Move]) -> Commit:

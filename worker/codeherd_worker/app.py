@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from celery.apps.worker import Worker
 from celery.exceptions import Ignore
 from celery.platforms import SecurityWarning
 from celery.worker import state
+from celery.worker.consumer import Consumer
 from celery.worker.control import control_command, inspect_command
 
 from codeherd_schema.broker import make_app, task_name
@@ -25,6 +27,10 @@ from codeherd_worker.process import WorkerProcess
 from codeherd_worker.runner import OperatorStopped
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between two messages with task events. One costs as much as ten more events in it, and Celery sends
+#: two for each job.
+EVENTS_INTERVAL_S = 0.05
 
 
 def worker_app(process: WorkerProcess) -> Celery:
@@ -60,6 +66,38 @@ def engine_stats(panel: Any) -> dict[str, Any]:
     """Tell what the engine does right now, in numbers, names and job ids: `codeherd inspect` draws it."""
     figures: dict[str, Any] = panel.app.codeherd.figures()
     return figures
+
+
+class HerdConsumer(Consumer):
+    """Celery's consumer, which sends task events some at a time while there are many.
+
+    Each has the time at which it happened; the first after a pause is sent at once.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Start with nothing sent."""
+        super().__init__(*args, **options)
+        self._events_sent_at = self._events_due_at = float("-inf")
+
+    def shutdown(self) -> None:
+        """Send the last events before their connection is closed, but what could not be sent before."""
+        if self.event_dispatcher:
+            self.event_dispatcher.flush(errors=False)
+        super().shutdown()
+
+    def _flush_events(self) -> None:
+        # The event loop calls this after each event, Celery to send it.
+        now = time.monotonic()
+        free_at = self._events_sent_at + EVENTS_INTERVAL_S
+        if now >= free_at:
+            self._send_events()
+        elif now >= self._events_due_at:
+            self._events_due_at = free_at
+            self.hub.call_later(free_at - now, self._send_events)
+
+    def _send_events(self) -> None:
+        self._events_sent_at = time.monotonic()
+        super()._flush_events()
 
 
 class HerdWorker(Worker):
@@ -101,6 +139,7 @@ def run_worker(process: WorkerProcess) -> int:
         app=worker_app(process),
         hostname=process.worker_id,
         concurrency=process.settings.worker_slots,
+        consumer_cls=HerdConsumer,
         # Neither is needed by one queue per model, and both have kept workers from consuming again
         # after a reconnect (celery issues 8030, 8091).
         without_gossip=True,

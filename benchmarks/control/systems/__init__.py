@@ -109,9 +109,28 @@ _PROCRASTINATE = Promise(
 )
 _SQL = ("sqlalchemy", "psycopg")
 
+
+def _ours(results: str, label: str, *, processes: int = 1) -> Entry:
+    is_one = processes == 1
+    return Entry(
+        f"codeherd, {label}" + ("" if is_one else f", {processes} processes"),
+        "codeherd",
+        ("codeherd",),
+        results,
+        _OURS,
+        options={"processes": processes},
+        # What waits, and what faults leave, is the same.
+        has_backlog=is_one,
+        shows_faults=is_one,
+    )
+
+
+#: A worker process has one device, and Python computes on one core of it; a machine with two devices has two.
 OURS = (
-    Entry("codeherd, SQLite", "codeherd", ("codeherd",), SQLITE, _OURS),
-    Entry("codeherd, PostgreSQL", "codeherd", ("codeherd",), POSTGRESQL, _OURS),
+    _ours(SQLITE, "SQLite"),
+    _ours(SQLITE, "SQLite", processes=2),
+    _ours(POSTGRESQL, "PostgreSQL"),
+    _ours(POSTGRESQL, "PostgreSQL", processes=2),
 )
 
 

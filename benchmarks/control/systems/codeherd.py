@@ -23,7 +23,8 @@ SAMPLING = Sampling(max_new_tokens=1, seed=1)
 class System:
     """codeherd's client; every setting that is not named is the default."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *, processes: int = 1) -> None:
+        self._processes = processes
         self._variables = {
             "CODEHERD_DATABASE_URL": place.database_url,
             "CODEHERD_BROKER_URL": place.redis_url,
@@ -36,8 +37,13 @@ class System:
         upgrade(self._database_url)
 
     def commands(self) -> list[Command]:
-        worker = ["tests.null_worker", "--name", "control", "--device", "cpu", "--parent", str(os.getpid())]
-        variables = {**self._variables, "CODEHERD_WORKER_SLOTS": str(CONCURRENCY)}
+        worker = ["tests.null_worker", "--name", "control"]
+        if self._processes == 1:
+            worker += ["--device", "cpu", "--parent", str(os.getpid())]
+        else:
+            # The launcher starts one process for each device.
+            worker += ["--gpus", ",".join(["cpu"] * self._processes)]
+        variables = {**self._variables, "CODEHERD_WORKER_SLOTS": str(CONCURRENCY // self._processes)}
         if PAUSE_VARIABLE in os.environ:
             variables["CODEHERD_TEST_STEP_S"] = os.environ[PAUSE_VARIABLE]
         return [

@@ -5,15 +5,20 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import update
 
+from codeherd_schema.leases import _claim_of, _result_row
 from codeherd_schema.requests import SCHEMA_VERSION
 from codeherd_schema.states import JobState, Move
 from codeherd_schema.store import Beat, Claim, Commit, Job, Store
+from codeherd_schema.tables import jobs
 from tests.samples import a_request, a_result, rewrite
+from tests.services import wait_until
 
 
 def submit(store: Store, **options: object) -> str:
@@ -290,6 +295,69 @@ def test_attempt_number_given_twice_does_not_confuse_the_fence(store: Store) -> 
     assert first.attempt == second.attempt == 1
     assert store.succeed(first, a_result(first)) is Commit.LOST
     assert store.succeed(second, a_result(second)) is Commit.STORED
+
+
+# Ends that meet.
+
+
+def test_successes_that_meet_are_stored_together_and_each_by_its_own_lease(store: Store) -> None:
+    first, *others = (claim(store, submit(store)) for _ in range(3))
+    job_id = submit(store)
+    lost = claim(store, job_id)
+    store.release(lost)
+    held = claim(store, job_id)
+
+    def store_all() -> list[Future[Commit]]:
+        with ThreadPoolExecutor(6) as pool:
+            with store._database.begin() as connection:
+                # Holds up whoever comes first, on SQLite by the lock of all writers.
+                connection.execute(update(jobs).where(jobs.c.id == first.job.id).values(tenant="t"))
+                ends = [pool.submit(store.succeed, first, a_result(first))]
+                wait_until(lambda: store._successes._is_led and not store._successes._waiting, "a leader")
+                for number, one in enumerate((lost, others[0], held, others[1]), start=1):
+                    ends.append(pool.submit(store.succeed, one, a_result(one, text=f"text {number}")))
+                    wait_until(
+                        lambda number=number: len(store._successes._waiting) == number,  # type: ignore[misc]
+                        "the next to wait",
+                    )
+            return ends
+
+    commits = [end.result() for end in store_all()]
+
+    assert commits == [Commit.STORED, Commit.LOST, Commit.STORED, Commit.STORED, Commit.STORED]
+    for one, text in ((others[0], "text 2"), (held, "text 3"), (others[1], "text 4")):
+        assert get(store, one.job.id).state is JobState.SUCCEEDED
+        result = store.result(one.job.id)
+        assert result is not None
+        assert result.text == text
+    assert [a.outcome for a in store.attempts(job_id)] == [Move.RELEASE, Move.SUCCEED]
+
+
+def test_a_claim_that_nobody_can_have_undoes_the_common_end(store: Store) -> None:
+    one, two = (claim(store, submit(store)) for _ in range(2))
+    ends = [(c, _result_row(a_result(c))) for c in (replace(one, attempt=2), two)]
+
+    with pytest.raises(ValueError, match="another attempt"):
+        store._succeed_together(ends)
+
+    assert {get(store, c.job.id).state for c in (one, two)} == {JobState.RUNNING}
+
+
+def test_a_claim_looks_at_one_row_though_the_statistics_are_old(store: Store, database_url: str) -> None:
+    store.submit([a_request() for _ in range(300)])
+    [hint] = store.due("tiny", limit=1)
+    statement = _claim_of(("tiny",))
+    values = {"this_job": hint.job_id, "new_lease": "l", "lease_s": 1.0, "this_worker": "w"}
+    verb = "EXPLAIN QUERY PLAN" if store._database.dialect == "sqlite" else "EXPLAIN"
+
+    with store._database.begin() as connection:
+        compiled = statement.compile(connection)
+        named = compiled.construct_params(values)
+        given = tuple(named[name] for name in compiled.positiontup or ()) or named
+        plan = str(connection.exec_driver_sql(f"{verb} {compiled}", given).all())
+
+    assert "jobs_pkey" in plan or "sqlite_autoindex_jobs_1 (id=?)" in plan
+    assert "ix_jobs" not in plan
 
 
 # Races.

@@ -1,0 +1,100 @@
+"""What Flower hears of each task: everything, in order, also of tasks that end as the worker stops."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codeherd_schema.broker import make_app
+from codeherd_schema.migrations import upgrade
+from codeherd_schema.settings import SharedSettings
+from tests.chaos.null_herd import NullHerd
+from tests.samples import a_request
+from tests.services import wait_until
+
+JOBS = 40
+STORY = ["task-received", "task-started", "task-succeeded"]
+
+
+@pytest.fixture
+def herd(tmp_path: Path, broker_url: str) -> Iterator[NullHerd]:
+    database_url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    upgrade(database_url)
+    with NullHerd(database_url=database_url, broker_url=broker_url, folder=tmp_path) as herd:
+        yield herd
+
+
+class Watch:
+    """All task events since it began, by the job's id."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[dict[str, Any]]] = {}
+
+    def hear(self, event: dict[str, Any]) -> None:
+        if event["type"] in STORY:
+            self.told.setdefault(event["uuid"].partition(".")[0], []).append(event)
+
+    def stories(self) -> dict[str, list[str]]:
+        return {job_id: [event["type"] for event in events] for job_id, events in self.told.items()}
+
+
+@contextmanager
+def watched(settings: SharedSettings) -> Iterator[Watch]:
+    """Watch events as Flower does."""
+    app, watch, stop = make_app(settings, []), Watch(), threading.Event()
+    began = threading.Event()
+
+    def listen() -> None:
+        with app.connection() as connection:
+            receiver = app.events.Receiver(connection, handlers={"*": watch.hear})
+            for _ in receiver.itercapture(limit=None, timeout=None, wakeup=False):
+                began.set()
+                if stop.is_set():
+                    return
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    assert began.wait(60)
+    try:
+        yield watch
+    finally:
+        stop.set()
+        with app.connection() as connection:
+            # Something to hear, so that it looks whether to stop.
+            app.events.Dispatcher(connection, hostname="end").send("worker-heartbeat")
+        thread.join(60)
+        app.close()
+
+
+def test_every_task_is_told_from_its_start_to_its_end(herd: NullHerd) -> None:
+    with watched(herd.settings) as watch:
+        jobs = herd.client.submit_many([a_request(prompt=f"# {i}") for i in range(JOBS)])
+        herd.client.wait(jobs, 120)
+
+        wanted = {job.id: STORY for job in jobs}
+        wait_until(lambda: watch.stories() == wanted, "all events")
+    for events in watch.told.values():
+        assert [e["clock"] for e in events] == sorted(e["clock"] for e in events)
+        assert [e["timestamp"] for e in events] == sorted(e["timestamp"] for e in events)
+
+
+def test_what_ends_while_the_worker_stops_is_told(herd: NullHerd) -> None:
+    with watched(herd.settings) as watch:
+        hold = herd.hold()
+        jobs = [herd.client.submit(a_request(prompt=f"#! hold {hold}\n{i}")) for i in range(3)]
+        wait_until(
+            lambda: [watch.stories().get(job.id) for job in jobs] == [STORY[:2]] * 3, "all to have started"
+        )
+
+        herd.signal("one", signal.SIGTERM)
+        wait_until(lambda: "draining" in herd.log("one"), "the worker to stop")
+        hold.unlink()
+
+        assert herd.wait_exit("one") == 0
+        wait_until(lambda: [watch.stories()[job.id] for job in jobs] == [STORY] * 3, "the last events")
