@@ -1,18 +1,22 @@
 """Put docstrings into a file, and prove that nothing else changed.
 
-Owns: the edits, and the two checks before anything may be written: bytes outside the inserted spans are
-the file's own, and the code means the same. Does not know where texts come from (`docstrings` renders
-them) or who writes files.
+Owns: the edits, and the checks before anything may be written: bytes outside the edited spans are the
+file's own, and the code means the same; where an edit takes characters away (`one_line`, and docstrings of
+white space alone), tokens and comments are the same in the same order. Does not know where texts come
+from (`docstrings` renders them) or who writes files.
 """
 
 from __future__ import annotations
 
 import ast
 import itertools
+import tokenize
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from codeherd_producer.backfill.one_line import opening, words
 from codeherd_producer.backfill.scanner import DEFINITIONS, Scan, Symbol, Unreadable, scan
 
 
@@ -41,31 +45,75 @@ class Edit:
 def edited(original: Scan, insertions: Sequence[Insertion]) -> bytes:
     """Return the file with all docstrings in it.
 
+    A symbol with a body on its header's line gets lines of its own; a docstring of white space alone is
+    replaced.
+
     Raises:
-        UnsafeEdit: a check failed, two edits overlap, or the encoding lacks a character.
+        UnsafeEdit: a check failed, a symbol has a docstring, two edits overlap, or the encoding lacks a
+            character.
     """
-    edits = sorted((edit_of(one) for one in insertions), key=lambda edit: edit.start)
-    if any(after.start < before.end for before, after in itertools.pairwise(edits)):
-        raise UnsafeEdit("two docstrings for one place")
-    text = spliced(original.text, edits)
-    try:
-        raw = original.encoded(text)
-    except UnicodeEncodeError as err:
-        raise UnsafeEdit(f"{original.encoding} has no character {err.object[err.start]!r}") from err
-    check(original, edits, raw, {(one.symbol.name, one.symbol.twin) for one in insertions})
+    edits = _ordered(edit_of(original, one) for one in insertions)
+    raw = _encoded(original, edits)
+    check(original, edits, raw, [one.symbol for one in insertions])
     return raw
 
 
-def edit_of(insertion: Insertion) -> Edit:
-    """Return the edit that puts a docstring into its place."""
+def opened(original: Scan, symbols: Iterable[Symbol]) -> Scan:
+    """Return the file as if these symbols' bodies had lines of their own, for showing it to a model.
+
+    Names, twins and places of symbols are the same in both. Symbols without `one_line` change nothing.
+
+    Raises:
+        UnsafeEdit: as `edited`.
+    """
+    edits = _ordered(Edit(*one.one_line, opening(one)) for one in symbols if one.one_line is not None)
+    return check(original, edits, _encoded(original, edits), ()) if edits else original
+
+
+def edit_of(original: Scan, insertion: Insertion) -> Edit:
+    """Return the edit that puts a docstring into its place.
+
+    Raises:
+        UnsafeEdit: there is a docstring, or none to put in.
+    """
     symbol = insertion.symbol
-    if symbol.insert_at is not None:
-        # D204: one blank line after the docstring of a class.
-        more = ("",) if symbol.kind in ("class", "module") and not symbol.is_blank_after else ()
-        lines = (*insertion.lines, *more)
-        text = "".join((symbol.indent + line if line else "") + symbol.newline for line in lines)
-        return Edit(symbol.insert_at, symbol.insert_at, text)
-    raise UnsafeEdit("the body is on the header's line")
+    if symbol.is_documented:
+        raise UnsafeEdit("there is a docstring")
+    if not insertion.lines:
+        raise UnsafeEdit("no lines to put in")
+    indent, newline = symbol.indent, symbol.newline
+    first, *more = insertion.lines
+    literal = newline.join([first, *(indent + line if line else "" for line in more)])
+    if symbol.docstring_span is not None:
+        # What follows on its line stays there.
+        start, end = symbol.docstring_span
+        if symbol.one_line is None:
+            return Edit(start, end, literal)
+        return Edit(symbol.one_line[0], end, newline + indent + literal)
+    if symbol.one_line is not None:
+        return Edit(*symbol.one_line, opening(symbol, literal))
+    assert symbol.insert_at is not None  # noqa: S101 -- the scanner gives one or the other
+    if symbol.insert_at == len(original.text):
+        # A module of nothing, or of comments whose last has no line end.
+        is_open = original.text != "" and not original.text.endswith(("\r", "\n"))
+        return Edit(symbol.insert_at, symbol.insert_at, newline * is_open + literal + newline)
+    # D204: one blank line after the docstring of a class.
+    gap = newline if symbol.kind in ("class", "module") and not symbol.is_blank_after else ""
+    return Edit(symbol.insert_at, symbol.insert_at, f"{indent}{literal}{newline}{gap}")
+
+
+def _ordered(edits: Iterable[Edit]) -> list[Edit]:
+    ordered = sorted(edits, key=lambda edit: edit.start)
+    if any(b.start < a.end or b.start == a.start for a, b in itertools.pairwise(ordered)):
+        raise UnsafeEdit("two docstrings for one place")
+    return ordered
+
+
+def _encoded(original: Scan, edits: Sequence[Edit]) -> bytes:
+    try:
+        return original.encoded(spliced(original.text, edits))
+    except UnicodeEncodeError as err:
+        raise UnsafeEdit(f"{original.encoding} has no character {err.object[err.start]!r}") from err
 
 
 def spliced(text: str, edits: Sequence[Edit]) -> str:
@@ -77,8 +125,11 @@ def spliced(text: str, edits: Sequence[Edit]) -> str:
     return "".join((*parts, text[at:]))
 
 
-def check(original: Scan, edits: Sequence[Edit], raw: bytes, names: set[tuple[str, int]]) -> None:
-    """Make sure that `raw` is the original with docstrings at the symbols `names`, and nothing else.
+def check(original: Scan, edits: Sequence[Edit], raw: bytes, symbols: Sequence[Symbol]) -> Scan:
+    """Make sure that `raw` is the original with docstrings at `symbols`, and nothing else.
+
+    Returns:
+        The scan of `raw`.
 
     Raises:
         UnsafeEdit: it is not.
@@ -87,39 +138,84 @@ def check(original: Scan, edits: Sequence[Edit], raw: bytes, names: set[tuple[st
         after = scan(raw)
     except Unreadable as err:
         raise UnsafeEdit(f"the result does not parse: {err}") from err
-    outside, at = [], 0
-    for edit in edits:
-        # Where this edit's text lies in the new text.
-        start = edit.start + at
-        outside.append((start, start + len(edit.text)))
-        at += len(edit.text) - (edit.end - edit.start)
-    if _without(after.text, outside) != _without(original.text, [(e.start, e.end) for e in edits]):
+    if _without(after.text, _spans(edits)) != _without(original.text, [(e.start, e.end) for e in edits]):
         raise UnsafeEdit("bytes outside the docstrings changed")
-    if not names <= {(symbol.name, symbol.twin) for symbol in after.symbols if symbol.docstring is not None}:
+    names = {(symbol.name, symbol.twin) for symbol in symbols}
+    new = [symbol for symbol in after.symbols if (symbol.name, symbol.twin) in names]
+    if len(new) != len(names) or not all(symbol.is_documented for symbol in new):
         raise UnsafeEdit("what was put in is no docstring")
-    if _shape(original, set()) != _shape(after, names):
+    old = [symbol for symbol in symbols if symbol.docstring is not None]
+    try:
+        _check_meaning(original, old, after, new, has_replaced=any(e.end > e.start for e in edits))
+    except (RecursionError, MemoryError) as err:
+        raise UnsafeEdit("nested too deeply for this interpreter") from err
+    return after
+
+
+def _check_meaning(
+    original: Scan, old: Sequence[Symbol], after: Scan, new: Sequence[Symbol], *, has_replaced: bool
+) -> None:
+    """Compare two files, each without these symbols' docstrings."""
+    if not _is_same(_tree(original, old), _tree(after, new)):
         raise UnsafeEdit("the code would mean something else")
+    if has_replaced and _words(original, old) != _words(after, new):
+        raise UnsafeEdit("tokens or comments changed")
     # What parses need not compile; a file that never did is no worse for a docstring.
     if not _compiles(after.text) and _compiles(original.text):
         raise UnsafeEdit("the result does not compile")
 
 
-def _without(text: str, spans: Sequence[tuple[int, int]]) -> str:
+def _spans(edits: Sequence[Edit]) -> list[tuple[int, int]]:
+    """Return where each edit's text lies in the new text."""
+    spans, moved = [], 0
+    for edit in edits:
+        start = edit.start + moved
+        spans.append((start, start + len(edit.text)))
+        moved += len(edit.text) - (edit.end - edit.start)
+    return spans
+
+
+def _without(text: str, spans: Iterable[tuple[int, int]]) -> str:
     return spliced(text, [Edit(start, end, "") for start, end in spans])
 
 
-def _shape(of: Scan, without: set[tuple[str, int]]) -> str:
-    """Return the syntax tree as text, without the docstrings of these symbols."""
-    lines = {symbol.line for symbol in of.symbols if (symbol.name, symbol.twin) in without and symbol.name}
+def _tree(of: Scan, without: Collection[Symbol]) -> ast.Module:
+    lines = {symbol.line for symbol in without if symbol.name}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tree = ast.parse(of.text)
-    if ("", 0) in without:
+    if any(not symbol.name for symbol in without):
         del tree.body[0]
     for node in ast.walk(tree):
         if isinstance(node, DEFINITIONS) and node.lineno in lines:
             del node.body[0]
-    return ast.dump(tree)
+    return tree
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two syntax trees are equal but for positions; not recursive, as deep as code may be."""
+    waiting: list[tuple[Any, Any]] = [(one, other)]
+    while waiting:
+        a, b = waiting.pop()
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, ast.AST):
+            waiting += [(getattr(a, name, None), getattr(b, name, None)) for name in a._fields]
+        elif isinstance(a, list):
+            if len(a) != len(b):
+                return False
+            waiting += zip(a, b, strict=True)
+        elif a != b:
+            return False
+    return True
+
+
+def _words(of: Scan, without: Iterable[Symbol]) -> list[tuple[int, str]]:
+    spans = sorted(one.docstring_span for one in without if one.docstring_span is not None)
+    try:
+        return words(_without(of.text, spans))
+    except (SyntaxError, tokenize.TokenError) as err:
+        raise UnsafeEdit(f"no tokens without the docstrings: {err}") from err
 
 
 def _compiles(text: str) -> bool:
@@ -127,6 +223,6 @@ def _compiles(text: str) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(text, "<edited>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True

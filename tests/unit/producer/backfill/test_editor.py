@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from codeherd_producer.backfill.editor import Insertion, UnsafeEdit, edited
+from codeherd_producer.backfill.editor import Edit, Insertion, UnsafeEdit, check, edited, spliced
 from codeherd_producer.backfill.scanner import scan
+from tests.corpora.proofs import faults
 
 ONE = ('"""Say one thing."""',)
 MANY = ('"""Say one thing.', "", "And another.", '"""')
@@ -63,6 +66,7 @@ def test_a_character_that_the_encoding_lacks_is_refused() -> None:
         ('"""\\N{no such name}"""',),
         ('"""One."""; x = 1',),
         (),
+        ('""" """',),
     ],
 )
 def test_what_is_no_docstring_is_refused(lines: tuple[str, ...]) -> None:
@@ -73,9 +77,121 @@ def test_what_is_no_docstring_is_refused(lines: tuple[str, ...]) -> None:
 def test_a_docstring_cannot_be_put_where_one_is() -> None:
     found = scan(b'def f():\n    """Old."""\n    return 1\n')
 
-    # The old one would become a statement of its own.
+    with pytest.raises(UnsafeEdit, match="there is a docstring"):
+        edited(found, [Insertion(found.symbols[1], ONE)])
+
+
+def test_two_docstrings_for_one_symbol_are_refused() -> None:
+    found = scan(b"def f():\n    return 1\n")
+
+    # The second would become a statement of its own.
+    with pytest.raises(UnsafeEdit, match="one place"):
+        edited(found, [Insertion(found.symbols[1], ONE), Insertion(found.symbols[1], MANY)])
+
+
+@pytest.mark.parametrize(
+    ("raw", "after"),
+    [
+        (
+            b'def f():\n    ""  # c\n    return 1\n',
+            b'def f():\n    """Say one thing."""  # c\n    return 1\n',
+        ),
+        (b"def f():\r\n\t' \\\r\n'; return 1", b'def f():\r\n\t"""Say one thing."""; return 1'),
+        (
+            b'class A:\n    ("  "\n     "")\n\n    x = 1\n',
+            b'class A:\n    """Say one thing."""\n\n    x = 1\n',
+        ),
+        (b'# c\n"""\n"""\nimport a\n', b'# c\n"""Say one thing."""\nimport a\n'),
+    ],
+)
+def test_a_docstring_of_white_space_is_replaced(raw: bytes, after: bytes) -> None:
+    found = scan(raw)
+    (blank,) = [symbol for symbol in found.symbols if symbol.docstring is not None]
+
+    assert edited(found, [Insertion(blank, ONE)]) == after
+
+
+@pytest.mark.parametrize(
+    ("raw", "after"),
+    [
+        (b"", b'"""Say one thing."""\n'),
+        (b"# why", b'# why\n"""Say one thing."""\n'),
+        (b"# a\r\n# why", b'# a\r\n# why\r\n"""Say one thing."""\r\n'),
+        (b"#!/bin/sh\n# why\n\nimport a\n", b'#!/bin/sh\n# why\n\n"""Say one thing."""\n\nimport a\n'),
+    ],
+)
+def test_a_modules_docstring_stands_below_its_first_comments(raw: bytes, after: bytes) -> None:
+    found = scan(raw)
+
+    assert edited(found, [Insertion(found.symbols[0], ONE)]) == after
+
+
+def test_code_that_nests_deeper_than_the_stack_is_compared_too() -> None:
+    # `ast.dump` gives up at the first, and at printing a number of so many digits.
+    raw = f"def f():\n    return {' + '.join(['1'] * 900)}\nx = 0x{'f' * 6000}\n".encode()
+
+    assert list(faults(raw, filled(raw), ["Say one thing."])) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "old", "new"),
+    [
+        ("def f(): return 1  # noqa\n", "  # noqa", ""),
+        ("def f(): return 1  # a\n", "# a", "# b"),
+        ("def f(): return 1;\n", ";", ""),
+        ("def f(): return (1)\n", "(1)", "1"),
+        ("def f(): return 0x1\n", "0x1", "1"),
+    ],
+)
+def test_what_is_replaced_must_keep_its_tokens_and_comments(before: str, old: str, new: str) -> None:
+    found = scan(before.encode())
+    start = before.index(old)
+    opening = Edit(8, 9, '\n    """Say one thing."""\n    ')
+    edits = [opening, Edit(start, start + len(old), new)]
+
+    with pytest.raises(UnsafeEdit, match="tokens or comments"):
+        check(found, edits, spliced(before, edits).encode(), [found.symbols[1]])
+
+
+@pytest.mark.parametrize("new", ["return 2", "return True", "return 1.0", "return f() or 1", "return +1"])
+def test_what_is_replaced_must_keep_its_meaning(new: str) -> None:
+    found = scan(b"def f():\n    return 1\n")
+    edits = [Edit(13, 21, new)]
+
     with pytest.raises(UnsafeEdit, match="something else"):
-        edited(found, [Insertion(found.symbols[1], ONE), Insertion(found.symbols[1], ONE)])
+        check(found, edits, spliced(found.text, edits).encode(), [])
+
+
+_CHARACTERS = st.sampled_from("'\"\\#;\n\r\f\0 ()rfbé")
+
+
+@given(
+    st.sampled_from(
+        [
+            b"def f():\n    return 1\n",
+            b"def f(): return 1  # c",
+            b"class A:\r\n\tx = '''\r\n'''\r\n",
+            b"def f():\n  ''\n",
+            b"@d\ndef f(\n): # c\n\n # d\n x\ny",
+        ]
+    ),
+    st.lists(st.text(_CHARACTERS), max_size=3),
+    st.booleans(),
+)
+def test_whatever_is_put_in_the_result_is_right_or_refused(
+    raw: bytes, lines: list[str], is_quoted: bool
+) -> None:
+    found = scan(raw)
+    text = "\n".join(lines)
+    put_in = tuple(f'"""{text}"""'.split("\n")) if is_quoted else tuple(lines)
+    try:
+        after = edited(found, [Insertion(found.symbols[1], put_in)])
+    except UnsafeEdit:
+        return
+
+    said = scan(after).symbols[1].docstring
+    assert said is not None
+    assert list(faults(raw, after, [said])) == []
 
 
 def test_twins_are_told_apart() -> None:
