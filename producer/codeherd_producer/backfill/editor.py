@@ -12,12 +12,15 @@ import ast
 import itertools
 import tokenize
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from codeherd_producer.backfill.one_line import opening, words
 from codeherd_producer.backfill.scanner import DEFINITIONS, Scan, Symbol, Unreadable, scan
+
+#: Scans the bytes of a file; raises `Unreadable`.
+Reader = Callable[[bytes], Scan]
 
 
 class UnsafeEdit(Exception):
@@ -42,11 +45,16 @@ class Edit:
     text: str
 
 
-def edited(original: Scan, insertions: Sequence[Insertion]) -> bytes:
+def edited(original: Scan, insertions: Sequence[Insertion], *, read: Reader = scan) -> bytes:
     """Return the file with all docstrings in it.
 
     A symbol with a body on its header's line gets lines of its own; a docstring of white space alone is
     replaced.
+
+    Args:
+        original: the file.
+        insertions: docstrings for its symbols.
+        read: scans the result, as `original` was scanned.
 
     Raises:
         UnsafeEdit: a check failed, a symbol has a docstring, two edits overlap, or the encoding lacks a
@@ -54,11 +62,11 @@ def edited(original: Scan, insertions: Sequence[Insertion]) -> bytes:
     """
     edits = _ordered(edit_of(original, one) for one in insertions)
     raw = _encoded(original, edits)
-    check(original, edits, raw, [one.symbol for one in insertions])
+    check(original, edits, raw, [one.symbol for one in insertions], read=read)
     return raw
 
 
-def opened(original: Scan, symbols: Iterable[Symbol]) -> Scan:
+def opened(original: Scan, symbols: Iterable[Symbol], *, read: Reader = scan) -> Scan:
     """Return the file as if these symbols' bodies had lines of their own, for showing it to a model.
 
     Names, twins and places of symbols are the same in both. Symbols without `one_line` change nothing.
@@ -67,7 +75,7 @@ def opened(original: Scan, symbols: Iterable[Symbol]) -> Scan:
         UnsafeEdit: as `edited`.
     """
     edits = _ordered(Edit(*one.one_line, opening(one)) for one in symbols if one.one_line is not None)
-    return check(original, edits, _encoded(original, edits), ()) if edits else original
+    return check(original, edits, _encoded(original, edits), (), read=read) if edits else original
 
 
 def edit_of(original: Scan, insertion: Insertion) -> Edit:
@@ -125,7 +133,9 @@ def spliced(text: str, edits: Sequence[Edit]) -> str:
     return "".join((*parts, text[at:]))
 
 
-def check(original: Scan, edits: Sequence[Edit], raw: bytes, symbols: Sequence[Symbol]) -> Scan:
+def check(
+    original: Scan, edits: Sequence[Edit], raw: bytes, symbols: Sequence[Symbol], *, read: Reader = scan
+) -> Scan:
     """Make sure that `raw` is the original with docstrings at `symbols`, and nothing else.
 
     Returns:
@@ -135,7 +145,7 @@ def check(original: Scan, edits: Sequence[Edit], raw: bytes, symbols: Sequence[S
         UnsafeEdit: it is not.
     """
     try:
-        after = scan(raw)
+        after = read(raw)
     except Unreadable as err:
         raise UnsafeEdit(f"the result does not parse: {err}") from err
     if _without(after.text, _spans(edits)) != _without(original.text, [(e.start, e.end) for e in edits]):
@@ -145,8 +155,14 @@ def check(original: Scan, edits: Sequence[Edit], raw: bytes, symbols: Sequence[S
     if len(new) != len(names) or not all(symbol.is_documented for symbol in new):
         raise UnsafeEdit("what was put in is no docstring")
     old = [symbol for symbol in symbols if symbol.docstring is not None]
+    has_replaced = any(e.end > e.start for e in edits)
+    if original.shape is not None:
+        # The other interpreter's word; tokens of newer syntax are nothing that this one can compare.
+        if has_replaced or original.shape != after.shape:
+            raise UnsafeEdit("it cannot be shown that the code means the same")
+        return after
     try:
-        _check_meaning(original, old, after, new, has_replaced=any(e.end > e.start for e in edits))
+        _check_meaning(original, old, after, new, has_replaced=has_replaced)
     except (RecursionError, MemoryError) as err:
         raise UnsafeEdit("nested too deeply for this interpreter") from err
     return after

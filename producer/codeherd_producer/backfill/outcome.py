@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codeherd_producer.backfill.docstrings import Unwritable, rendered
-from codeherd_producer.backfill.editor import Insertion, UnsafeEdit, edited
+from codeherd_producer.backfill.editor import Insertion, Reader, UnsafeEdit, edited, opened
 from codeherd_producer.backfill.options import Options
 from codeherd_producer.backfill.scanner import Scan, Symbol
-from codeherd_producer.backfill.sources import read_planned, read_source
+from codeherd_producer.backfill.sources import read_planned, read_source, reader
 from codeherd_schema.backfills import Backfills, File, FileState, Run, Target, TargetState
 
 
@@ -31,11 +31,13 @@ class EditedFile:
 
 @dataclass(frozen=True, slots=True)
 class LeftAlone:
-    """One file whose bytes are no longer those that were planned."""
+    """One file that gets nothing: mostly its bytes are no longer those that were planned."""
 
     file: File
-    #: It has the docstrings already: they were put in, and nobody came to say so.
+    #: It has the docstrings already: they were put in before.
     has_docstrings: bool
+    #: The bytes are the planned ones, but the texts cannot all be put into them: why not.
+    fault: str | None = None
 
 
 def edited_files(
@@ -63,18 +65,62 @@ def edited_file(rows: Backfills, run: Run, file: File) -> EditedFile | LeftAlone
     source = read_planned(Path(run.root), file, options)
     if source is None:
         return LeftAlone(file, _has_docstrings(Path(run.root), file, accepted, options))
-    insertions = [_insertion(source.scan.symbols[t.place], t.text or "", options) for t in accepted]
-    after = edited(source.scan, insertions)
+    try:
+        insertions = [_insertion(source.scan.symbols[t.place], t.text or "", options) for t in accepted]
+        with reader(source.scan, options) as read:
+            after = edited(source.scan, insertions, read=read)
+    except (UnsafeEdit, Unwritable) as err:
+        # Each was safe by itself; the other files must not wait for this one.
+        return LeftAlone(file, has_docstrings=False, fault=str(err))
     return EditedFile(file, source.raw, after, tuple(target.name for target in accepted))
 
 
-def unsafe(scan: Scan, symbol: Symbol, text: str, options: Options) -> str | None:
-    """Return why a text must not be put into this file at this symbol; None if it may be."""
+def unwritable(scan: Scan, options: Options) -> str | None:
+    """Return why nothing can be proven of this file, so that no text may be put into it; None if it can."""
     try:
-        edited(scan, [_insertion(symbol, text, options)])
-    except (UnsafeEdit, Unwritable) as err:
+        with reader(scan, options) as read:
+            edited(scan, [], read=read)
+    except UnsafeEdit as err:
         return str(err)
     return None
+
+
+def opened_view(scan: Scan, symbols: Sequence[Symbol], options: Options) -> Scan:
+    """Return a file as a model is shown it: these symbols' bodies have lines of their own.
+
+    Symbols have the same places in both. Where that cannot be proven the file is shown as it is.
+    """
+    try:
+        with reader(scan, options) as read:
+            return opened(scan, symbols, read=read)
+    except UnsafeEdit:
+        return scan
+
+
+def unsafe(scan: Scan, texts: Sequence[tuple[Symbol, str]], options: Options) -> dict[int, str]:
+    """Return which of these texts must not be put into a file, by place, and why; mostly none.
+
+    Args:
+        scan: of the file.
+        texts: accepted ones, and their symbols.
+        options: of the run.
+    """
+    with reader(scan, options) as read:
+        return _unsafe(scan, list(enumerate(texts)), options, read)
+
+
+def _unsafe(
+    scan: Scan, texts: Sequence[tuple[int, tuple[Symbol, str]]], options: Options, read: Reader
+) -> dict[int, str]:
+    try:
+        edited(scan, [_insertion(symbol, text, options) for _, (symbol, text) in texts], read=read)
+    except (UnsafeEdit, Unwritable) as err:
+        if len(texts) == 1:
+            return {texts[0][0]: str(err)}
+        middle = len(texts) // 2
+        parts = (texts[:middle], texts[middle:])
+        return {place: why for part in parts for place, why in _unsafe(scan, part, options, read).items()}
+    return {}
 
 
 def _has_docstrings(root: Path, file: File, accepted: Sequence[Target], options: Options) -> bool:

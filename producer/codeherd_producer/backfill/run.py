@@ -11,20 +11,22 @@ next one asked for those that are still open.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from codeherd_producer.backfill import dialog, planner
 from codeherd_producer.backfill.context import FileContext, HeaderTooLong
 from codeherd_producer.backfill.dialog import Accept, Answer, Ask, GiveUp, Judged, Other, Question
+from codeherd_producer.backfill.git import Git
 from codeherd_producer.backfill.options import Options
-from codeherd_producer.backfill.outcome import unsafe
+from codeherd_producer.backfill.outcome import opened_view, unsafe, unwritable
 from codeherd_producer.backfill.planner import PlannedFile
 from codeherd_producer.backfill.scanner import Scan, Symbol
 from codeherd_producer.backfill.sources import read_planned
@@ -47,7 +49,7 @@ from codeherd_schema.backfills import (
     TargetState,
     Verdict,
 )
-from codeherd_schema.errors import JobNotFound
+from codeherd_schema.errors import IllegalMove, InvalidRequest, JobNotFound
 from codeherd_schema.states import FINAL_STATES, JobState
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,12 @@ _AT_A_TIME: Final = 50
 TURN_S: Final = 1.0
 
 
+class NoPythonFiles(InvalidRequest):
+    """There are no Python files here."""
+
+    code = "no_python_files"
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """When to stop asking; None is never."""
@@ -67,6 +75,30 @@ class Limits:
     jobs: int | None = None
     tokens: int | None = None
     seconds: float | None = None
+
+
+@dataclass(slots=True)
+class _Judgement:
+    """What was thought of a file's answers."""
+
+    verdicts: list[Verdict]
+    judged: list[tuple[int, Judged]] = field(default_factory=list)
+    #: By target.
+    asks: dict[int, Sequence[Question]] = field(default_factory=dict)
+
+    def reject(self, target: Target, reason: str) -> None:
+        self.verdicts.append(Verdict(target.id, TargetState.REJECTED, reason=reason))
+
+    def accept(self, target: Target, accept: Accept) -> None:
+        self.verdicts.append(
+            Verdict(
+                target.id,
+                TargetState.ACCEPTED,
+                text=accept.text,
+                reason=accept.left_out,
+                score=accept.score.total,
+            )
+        )
 
 
 class Backfill:
@@ -105,9 +137,10 @@ class Backfill:
             told: hears how many files there are by now.
 
         Raises:
-            GitFailed: the reference to compare with does not exist.
+            NoPythonFiles: there are none.
+            InvalidRequest: an option of the run cannot be followed, such as a commit that is not there.
         """
-        files = planner.plan(self._root, self._options.wanted())
+        files = found_files(self._root, self._options)
         count = 0
         while part := list(itertools.islice(files, _AT_A_TIME)):
             self._rows.add_files(self._run.id, [new_file(one) for one in part if has_room_for(one.path)])
@@ -142,15 +175,10 @@ class Backfill:
         look_at = began
         with self._client.watch() as watch:
             while not stop.is_set():
-                jobs = [
-                    job for file in self._rows.ready(self._run.id, _AT_A_TIME) for job in self._advance(file)
-                ]
-                jobs += self._open()
+                moved, jobs = self._turn()
                 asked += len(jobs)
                 watch.add(jobs)
-                if not jobs:
-                    watch.wait(self._turn_s)
-                elif self._clock() < look_at:
+                if moved and self._clock() < look_at:
                     continue
                 look_at = self._clock() + self._turn_s
                 progress = self._rows.progress(self._run.id)
@@ -159,6 +187,8 @@ class Backfill:
                     return self._ended(RunState.DONE)
                 if _is_reached(limits, asked, progress.tokens - tokens_before, self._clock() - began):
                     break
+                if not moved:
+                    watch.wait(self._turn_s)
         # What was asked is judged when the run is resumed.
         return self._ended(RunState.STOPPED)
 
@@ -166,17 +196,23 @@ class Backfill:
         self._rows.set_state(self._run.id, state)
         return state
 
-    def _open(self) -> list[str]:
-        """Ask the first exchange of more files, as far as there is room."""
-        room = WINDOW - self._rows.waiting(self._run.id)
-        jobs: list[str] = []
-        if room <= 0:
-            return jobs
-        for file in self._rows.files(self._run.id, states=[FileState.PLANNED], limit=_AT_A_TIME):
+    def _turn(self) -> tuple[int, list[str]]:
+        """Judge the files that are answered, and open more as far as there is room.
+
+        Returns:
+            How many files were taken up, and the new jobs.
+        """
+        moved, jobs = 0, list[str]()
+        for file in self._rows.ready(self._run.id, _AT_A_TIME):
             jobs += self._advance(file)
+            moved += 1
+        room = len(jobs) + WINDOW - self._rows.waiting(self._run.id)
+        for file in self._rows.files(self._run.id, states=[FileState.PLANNED], limit=_AT_A_TIME):
             if len(jobs) >= room:
                 break
-        return jobs
+            jobs += self._advance(file)
+            moved += 1
+        return moved, jobs
 
     def _advance(self, file: File) -> list[str]:
         """Judge what was answered for a file, and ask what is still open; return the new jobs."""
@@ -184,34 +220,63 @@ class Backfill:
         if source is None:
             self._rows.set_file_state(file.id, FileState.CHANGED, reason="changed since it was planned")
             return []
-        verdicts, judged, asks = self._judged(file, source.scan, self._rows.targets(file.id))
+        found = self._judged(file, source.scan, self._rows.targets(file.id))
         self._rows.settle(
             file.id,
             file.exchange,
-            candidates=[_candidate(target_id, one) for target_id, one in judged if one.answer.error is None],
-            verdicts=verdicts,
-            state=None if asks else FileState.DONE,
+            candidates=[
+                _candidate(target_id, one) for target_id, one in found.judged if one.answer.error is None
+            ],
+            verdicts=found.verdicts,
+            state=None if found.asks else FileState.DONE,
         )
-        return self._ask(file, asks) if asks else []
+        return self._ask(file, found.asks) if found.asks else []
 
-    def _judged(
-        self, file: File, scan: Scan, targets: Sequence[Target]
-    ) -> tuple[list[Verdict], list[tuple[int, Judged]], dict[int, Sequence[Question]]]:
-        context = FileContext(scan, budget=self._options.context_chars)
+    def _judged(self, file: File, scan: Scan, targets: Sequence[Target]) -> _Judgement:
+        """Judge what was answered for a file. The same answers give the same, however often this is done."""
+        if file.exchange < 0 and (fault := unwritable(scan, self._options)) is not None:
+            return _Judgement([Verdict(target.id, TargetState.REJECTED, reason=fault) for target in targets])
+        symbols = {target.id: scan.symbols[target.place] for target in targets}
+        answers, faults = self._answers(file), dict[int, str]()
+        while True:
+            found = self._judged_but(faults, file, scan, targets, answers)
+            accepted = [one for one in found.verdicts if one.state is TargetState.ACCEPTED]
+            texts = [(symbols[one.target_id], one.text or "") for one in accepted]
+            unsafe_ones = unsafe(scan, texts, self._options)
+            if not unsafe_ones:
+                return found
+            # Nobody may be compared with a text that nobody gets.
+            faults |= {accepted[place].target_id: why for place, why in unsafe_ones.items()}
+
+    def _judged_but(
+        self,
+        faults: Mapping[int, str],
+        file: File,
+        scan: Scan,
+        targets: Sequence[Target],
+        answers: Mapping[int, Sequence[Answer]],
+    ) -> _Judgement:
+        """Judge all targets but those with a fault, which are rejected."""
+        # Shown with lines of its own, where a body has none.
+        view = opened_view(scan, [scan.symbols[target.place] for target in targets], self._options)
+        context = FileContext(view, budget=self._options.context_chars)
         policy = self._options.policy(usual_lengths=_usual_lengths(scan))
-        answers = self._answers(file)
         accepted = {
             (t.exchange, t.place): t.text
             for t in targets
             if t.state is TargetState.ACCEPTED and t.text is not None
         }
-        verdicts: list[Verdict] = []
-        judged: list[tuple[int, Judged]] = []
-        asks: dict[int, Sequence[Question]] = {}
+        found = _Judgement([])
         for target in targets:
             if target.state is not TargetState.OPEN:
                 continue
-            symbol = scan.symbols[target.place]
+            if target.id in faults:
+                found.reject(target, faults[target.id])
+                continue
+            symbol = view.symbols[target.place]
+            if symbol.insert_at is None:
+                found.reject(target, "its body cannot be given lines of its own")
+                continue
             others = [
                 Other(text, since=exchange if place < target.place else exchange + 1)
                 for (exchange, place), text in sorted(accepted.items())
@@ -219,33 +284,21 @@ class Backfill:
             try:
                 hole = context.hole(symbol)
             except HeaderTooLong as err:
-                verdicts.append(Verdict(target.id, TargetState.REJECTED, reason=str(err)))
+                found.reject(target, str(err))
                 continue
             step = dialog.move(
                 symbol, hole, policy, answers.get(target.id, ()), others, encoding=scan.encoding
             )
-            judged += [(target.id, one) for one in step.judged]
+            found.judged += [(target.id, one) for one in step.judged]
             match step.next:
                 case Ask(questions=questions):
-                    asks[target.id] = questions
+                    found.asks[target.id] = questions
                 case Accept() as accept:
-                    fault = unsafe(scan, symbol, accept.text, self._options)
-                    if fault is None:
-                        accepted[file.exchange, target.place] = accept.text
-                        verdicts.append(
-                            Verdict(
-                                target.id,
-                                TargetState.ACCEPTED,
-                                text=accept.text,
-                                reason=accept.left_out,
-                                score=accept.score.total,
-                            )
-                        )
-                    else:
-                        verdicts.append(Verdict(target.id, TargetState.REJECTED, reason=fault))
+                    accepted[file.exchange, target.place] = accept.text
+                    found.accept(target, accept)
                 case GiveUp(reason):
-                    verdicts.append(Verdict(target.id, TargetState.REJECTED, reason=reason))
-        return verdicts, judged, asks
+                    found.reject(target, reason)
+        return found
 
     def _answers(self, file: File) -> dict[int, list[Answer]]:
         exchanges = range(file.exchange + 1)
@@ -271,10 +324,13 @@ class Backfill:
     def _ask(self, file: File, asks: Mapping[int, Sequence[Question]]) -> list[str]:
         flat = [(target_id, question) for target_id, part in asks.items() for question in part]
         jobs = self._client.submit_many([q.request for _, q in flat], run_id=self._run.id)
-        # Asked before by another run, whose jobs may have ended without a text.
-        for job in jobs:
+        # Asked before by another run, whose jobs may have ended without a text. Once each: two symbols may
+        # have asked for the same.
+        for job in {job.id: job for job in jobs}.values():
             if job.deduplicated and job.state in FINAL_STATES - {JobState.SUCCEEDED}:
-                job.retry()
+                # Somebody else may have been faster.
+                with contextlib.suppress(IllegalMove):
+                    job.retry()
         exchange = file.exchange + 1
         self._rows.ask(
             file.id,
@@ -285,6 +341,26 @@ class Backfill:
             ],
         )
         return [job.id for job in jobs]
+
+
+def found_files(root: Path, options: Options) -> Iterator[PlannedFile]:
+    """Yield what there is to do below a folder, file by file.
+
+    Raises:
+        NoPythonFiles: there is none; a run of nothing would look like one where nothing is left to do.
+        InvalidRequest: as `planner.plan`.
+    """
+    files = planner.plan(root, options.wanted())
+    first = next(files, None)
+    if first is None:
+        if Git.of(root) is None:
+            raise NoPythonFiles(f"there are no Python files below {root}")
+        raise NoPythonFiles(
+            f"there are no Python files that git knows of below {root}",
+            hint="ignored files are left alone; `git check-ignore --verbose PATH` says by which rule",
+        )
+    yield first
+    yield from files
 
 
 def has_room_for(path: str) -> bool:

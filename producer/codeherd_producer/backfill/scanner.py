@@ -18,6 +18,7 @@ import ast
 import collections
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import re
@@ -131,6 +132,9 @@ class Scan:
     imports: tuple[Import, ...]
     #: First and last line, from 1, of each import at the top level.
     import_lines: tuple[tuple[int, int], ...]
+    #: Of a scan by another interpreter: stands for the meaning of the code without any docstring. None for
+    #: one by this interpreter, which can look at the code itself.
+    shape: str | None = None
 
     def encoded(self, text: str) -> bytes:
         """Return a text in this file's encoding.
@@ -520,14 +524,40 @@ def from_json(document: dict[str, Any]) -> Scan:
         symbols.append(Symbol(**lists))
     imports = tuple(Import(**one) for one in document["imports"])
     lines = tuple((first, last) for first, last in document["import_lines"])
-    return Scan(document["encoding"], document["has_bom"], document["text"], tuple(symbols), imports, lines)
+    found = Scan(document["encoding"], document["has_bom"], document["text"], tuple(symbols), imports, lines)
+    return dataclasses.replace(found, shape=document["shape"])
 
 
 def _document(raw: bytes) -> dict[str, Any]:
     try:
-        return dataclasses.asdict(scan(raw))
+        found = scan(raw)
+        return dataclasses.asdict(dataclasses.replace(found, shape=_shape(found)))
     except Unreadable as err:
         return {"error": str(err)}
+
+
+def _shape(found: Scan) -> str:
+    """Return a digest of the syntax tree without any docstring; it says too whether the code compiles."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tree = ast.parse(found.text)
+            compiles = _compiles(found.text)
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node) is not None:
+                    del node.body[0]
+            said = ast.dump(tree)
+        except (RecursionError, MemoryError, ValueError) as err:
+            raise Unreadable("nested too deeply for this interpreter") from err
+    return f"{hashlib.sha256(said.encode('utf-8', 'surrogatepass')).hexdigest()} {compiles}"
+
+
+def _compiles(text: str) -> bool:
+    try:
+        compile(text, "<file>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def main() -> int:

@@ -193,7 +193,9 @@ def test_another_interpreter_finds_the_same() -> None:
         [sys.executable, "-I", "-S", scanner.__file__], input=raw, capture_output=True, check=True
     )
 
-    assert from_json(json.loads(answer.stdout)) == scan(raw)
+    found = from_json(json.loads(answer.stdout))
+    assert found.shape
+    assert dataclasses.replace(found, shape=None) == scan(raw)
     assert json.loads(answer.stdout)["symbols"][0] == json.loads(
         json.dumps(dataclasses.asdict(scan(raw).symbols[0]))
     )
@@ -211,7 +213,8 @@ def test_another_interpreter_reads_many_files_one_after_another() -> None:
 
     documents = [json.loads(line) for line in answer.stdout.splitlines()]
     assert documents[2]["error"].startswith("syntax: ")
-    assert [from_json(documents[n]) for n in (0, 1, 3)] == [scan(files[n]) for n in (0, 1, 3)]
+    found = [dataclasses.replace(from_json(documents[n]), shape=None) for n in (0, 1, 3)]
+    assert found == [scan(files[n]) for n in (0, 1, 3)]
 
 
 def test_imports_are_those_outside_of_functions() -> None:
