@@ -339,3 +339,66 @@ def test_the_kinds_are_those_of_the_selection() -> None:
     assert set(Kinds.model_fields) == names
     rules = Selection()
     assert Kinds().selection() == rules
+
+
+def test_syntax_that_is_unknown_here_is_documented_and_proven_by_the_other_interpreter(
+    bench: Bench, newer_python: Path
+) -> None:
+    (bench.root / "newer.py").write_bytes(
+        b"import os\nnewtype X = int\n\n\ndef sixth():\n    return os.sep\n"
+    )
+    without = bench.create()
+    bench.carry(without)
+    assert bench.states(without)["newer.py"] is FileState.SKIPPED
+
+    run = bench.create(bench.options(python=str(newer_python)))
+    bench.carry(run)
+
+    assert bench.states(run)["newer.py"] is FileState.DONE
+    after = bench.edited(run)["newer.py"]
+    assert after.startswith(b'import os\nnewtype X = int\n\n\ndef sixth():\n    """')
+    assert after.endswith(b'"""\n    return os.sep\n')
+
+
+def test_a_body_on_its_headers_line_is_shown_and_written_with_lines_of_its_own(bench: Bench) -> None:
+    (bench.root / "one.py").write_bytes(b"def first(a): return a  # noqa\n\n\nclass Second: x = 1\n")
+    (bench.root / "two.py").unlink()
+    run = bench.create(bench.options(kinds={"one_liners": True}))
+
+    assert bench.carry(run) is RunState.DONE
+
+    lines = bench.edited(run)["one.py"].decode().splitlines()
+    assert [line for line in lines if '"""' not in line] == [
+        "def first(a):",
+        "    return a  # noqa",
+        "",
+        "",
+        "class Second:",
+        "",
+        "    x = 1",
+    ]
+    # The newest job is run first.
+    request = bench.client.row(bench.ran[-1]).request
+    assert isinstance(request, InfillRequest)
+    assert request.prefix.endswith('def first(a):\n    """')
+    assert request.suffix.startswith('"""\n    return a  # noqa\n')
+
+
+def test_a_text_that_cannot_be_put_into_its_file_is_rejected_and_the_others_are_written(bench: Bench) -> None:
+    # Latin-1 has no character for what the second one says; the dialog sees that, the proof would too.
+    (bench.root / "one.py").write_bytes(
+        "# coding: latin-1\ndef first(a):\n    return 'é'\n\n\ndef second(a):\n    return 2\n".encode(
+            "latin-1"
+        )
+    )
+    (bench.root / "two.py").unlink()
+    bench.source = lambda request, seed: (
+        "Return the Ω of it all." if "def second(a):\n" in request.prefix[-40:] else fine(request, seed)
+    )
+    run = bench.create()
+
+    bench.carry(run)
+
+    counts = bench.rows.progress(run.id).targets
+    assert (counts[TargetState.ACCEPTED], counts[TargetState.REJECTED]) == (1, 1)
+    assert bench.edited(run)["one.py"].count(b'"""') == 2
