@@ -13,9 +13,8 @@ from typing import Any
 
 import click
 
-from codeherd_producer.backfill import planner
 from codeherd_producer.backfill.options import Options
-from codeherd_producer.backfill.run import Backfill, Limits
+from codeherd_producer.backfill.run import Backfill, Limits, found_files
 from codeherd_producer.commands.backfill_check import check
 from codeherd_producer.commands.backfill_eval import evaluate
 from codeherd_producer.commands.backfill_gifts import Gift, gift_options, give, reported
@@ -34,7 +33,7 @@ from codeherd_producer.commands.output import print_json, print_table, print_tex
 from codeherd_producer.commands.request_options import options
 from codeherd_producer.commands.talk import note, say
 from codeherd_schema.backfills import FileState, Progress, Run, RunState, TargetState
-from codeherd_schema.errors import RunNotFound
+from codeherd_schema.errors import InvalidRequest, RunNotFound
 from codeherd_schema.models import ModelTable
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
@@ -87,6 +86,11 @@ def docstrings(ctx: click.Context, /, path: Path, **given: Any) -> None:
     if given["checks"]:
         ctx.invoke(check, path=path, least=given["least"], as_json=given["as_json"])
         return
+    if given["least"] is not None:
+        raise click.UsageError("--min goes with --check")
+    # Whatever is wrong with the command line is said before a run is made and anything is asked.
+    gift, limits = Gift.of(given), _limits_of(given)
+    gift.check(path)
     settings = settings_of(ctx)
     wanted = make_options(path, ModelTable.from_file(settings.models_file), given)
     if given["dry_run"]:
@@ -94,7 +98,13 @@ def docstrings(ctx: click.Context, /, path: Path, **given: Any) -> None:
         return
     with opened(ctx, publish=True) as site:
         run = site.rows.create(str(path.resolve()), wanted.model, wanted.model_dump(mode="json"))
-        _carry_on(site, run, _limits_of(given), Gift.of(given), as_json=given["as_json"])
+        try:
+            _carry_on(site, run, limits, gift, as_json=given["as_json"])
+        except InvalidRequest:
+            # It could not even be planned: nobody can take it up.
+            if site.rows.get(run.id).state is RunState.PLANNING:
+                site.rows.delete(run.id)
+            raise
 
 
 @backfill.command()
@@ -108,8 +118,11 @@ def resume(ctx: click.Context, /, run_id: str | None, as_json: bool, **given: An
 
     codeherd backfill resume > docstrings.patch
     """
+    gift, limits = Gift.of(given), _limits_of(given)
     with opened(ctx, publish=True) as site:
-        _carry_on(site, meant(site.rows, run_id), _limits_of(given), Gift.of(given), as_json=as_json)
+        run = meant(site.rows, run_id)
+        gift.check(Path(run.root))
+        _carry_on(site, run, limits, gift, as_json=as_json)
 
 
 @backfill.command()
@@ -122,8 +135,11 @@ def apply(ctx: click.Context, /, run_id: str | None, **given: Any) -> None:
     codeherd backfill apply | git apply
     codeherd backfill apply --branch docstrings --commit per-file
     """
+    gift = Gift.of(given)
     with opened(ctx, publish=False) as site:
-        give(site.rows, meant(site.rows, run_id), Gift.of(given))
+        run = meant(site.rows, run_id)
+        gift.check(Path(run.root))
+        give(site.rows, run, gift)
 
 
 @backfill.command()
@@ -284,18 +300,21 @@ def _carry_on(site: Site, run: Run, limits: Limits, gift: Gift, *, as_json: bool
                 work.plan(meter.planned)
             state = work.work(limits=limits, told=meter.show)
     except KeyboardInterrupt:
-        site.rows.set_state(run.id, RunState.STOPPED)
+        # One that is still being planned has to be planned to the end.
+        if site.rows.get(run.id).state is not RunState.PLANNING:
+            site.rows.set_state(run.id, RunState.STOPPED)
         say(f"\nstopped; what is queued goes on; `{again}` takes it up")
         raise
     progress = site.rows.progress(run.id)
-    if as_json:
-        print_json({"run": run_document(site.rows.get(run.id), progress)})
-    else:
+    if not as_json:
         note(told(run, progress))
         if state is RunState.STOPPED:
             say(f"the budget is used up; `{again}` goes on")
     if not as_json or gift.has_place:
         give(site.rows, run, gift)
+    if as_json:
+        # Last, so that stdout holds one document, this one or that of an error.
+        print_json({"run": run_document(site.rows.get(run.id), site.rows.progress(run.id))})
 
 
 def told(run: Run, progress: Progress) -> str:
@@ -331,7 +350,7 @@ def run_document(run: Run, progress: Progress) -> dict[str, Any]:
 def _print_plan(path: Path, wanted: Options, *, as_json: bool) -> None:
     files, left, passed = 0, Counter[str](), Counter[str]()
     targets = 0
-    for planned in planner.plan(path, wanted.wanted()):
+    for planned in found_files(path, wanted):
         files += 1
         targets += len(planned.targets)
         passed.update(planned.passed_over)

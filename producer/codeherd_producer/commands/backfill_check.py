@@ -20,6 +20,7 @@ from codeherd_producer.commands.help_text import Verb
 from codeherd_producer.commands.output import print_json, print_table
 from codeherd_producer.commands.request_options import options
 from codeherd_producer.commands.talk import say
+from codeherd_schema.errors import InvalidRequest
 
 #: Interrogate's short and long flag, the field of `Ignored`, and the kind of the project's settings.
 _FLAGS: Final = (
@@ -87,7 +88,10 @@ def check(ctx: click.Context, /, path: Path, **given: Any) -> None:
     is_enough = least is None or meets(found, least)
     turn = None
     if given.get("ratchet_file") is not None:
-        turn = ratchet.hold(given["ratchet_file"], found, ignoring)
+        try:
+            turn = ratchet.hold(given["ratchet_file"], found, ignoring)
+        except OSError as err:
+            raise InvalidRequest(f"{given['ratchet_file']}: {err.strerror}") from err
         is_enough = is_enough and turn.verdict is not ratchet.Verdict.FELL
     if given["as_json"]:
         print_json(_document(found, least, turn, is_enough=is_enough))
@@ -109,12 +113,19 @@ def _ignored(project: ProjectSettings, given: dict[str, Any]) -> Ignored:
         "whitelist_regex": given.get("whitelist_regex") or project.selection.include,
     }
     for name, found in patterns.items():
-        values[name] = tuple(re.compile(one) if isinstance(one, str) else one for one in found)
+        values[name] = tuple(_compiled(one) if isinstance(one, str) else one for one in found)
     return Ignored(
         **values,
         style=given.get("style") or "sphinx",
         exclude=(*(given.get("exclude") or ()), *project.exclude),
     )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as err:
+        raise InvalidRequest(f"`{pattern}` is no regular expression: {err}") from err
 
 
 def _document(

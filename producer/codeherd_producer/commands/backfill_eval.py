@@ -21,6 +21,7 @@ from codeherd_producer.commands.configuration import settings_of
 from codeherd_producer.commands.help_text import Verb
 from codeherd_producer.commands.output import print_json, print_text
 from codeherd_producer.commands.talk import progress
+from codeherd_schema.errors import InvalidRequest
 from codeherd_schema.models import ModelTable
 from codeherd_schema.requests import InfillRequest
 
@@ -59,10 +60,13 @@ def evaluate(ctx: click.Context, /, path: Path, **given: Any) -> None:
         path,
         given["count"],
         seed=given["seed"],
-        include=given["include"],
-        exclude=given["exclude"],
+        selection=wanted.kinds.selection(),
+        include=wanted.include,
+        exclude=wanted.exclude,
         new_since=given["new_since"],
     )
+    if not sample.places:
+        raise InvalidRequest(f"below {path} there is no docstring that could be held back")
     with opened(ctx, publish=True) as site:
         found = evaluation.evaluate(
             evaluation.cases(path, sample, budget=wanted.context_chars),

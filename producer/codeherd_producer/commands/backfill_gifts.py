@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import click
 
@@ -32,7 +32,7 @@ from codeherd_producer.backfill.worktree import CommitRefused
 from codeherd_producer.backfill.writing import NotWritten, replace
 from codeherd_producer.commands.request_options import options
 from codeherd_producer.commands.talk import note, say
-from codeherd_schema.backfills import Backfills, File, FileState, Run, TargetState
+from codeherd_schema.backfills import Backfills, File, FileState, Run
 from codeherd_schema.errors import InvalidRequest
 
 gift_options = options(
@@ -54,7 +54,6 @@ gift_options = options(
         "--commit",
         "grouping",
         type=click.Choice([one.value for one in Grouping]),
-        default=Grouping.FILE.value,
         help="What shares a commit [per-file].",
     ),
     click.option("--max-files", type=click.IntRange(1), help="Most files of a commit."),
@@ -79,20 +78,41 @@ class Gift:
         """Take the options of this module, by the names of their parameters.
 
         Raises:
-            UsageError: more than one place is named.
+            UsageError: more than one place is named, or commits are described and none is made.
         """
         places = [given["in_place"], given["patches"], given["branch_name"] or given["format_patch"]]
         if sum(bool(place) for place in places) > 1:
             raise click.UsageError("--in-place, --patches and --branch do not go together")
+        of_commits = (given["grouping"], given["max_files"], given["commit_prefix"])
+        if any(of_commits) and not places[-1]:
+            raise click.UsageError(
+                "--commit, --max-files and --commit-prefix go with --branch or --format-patch"
+            )
         return cls(
             in_place=given["in_place"],
             patches=given["patches"],
             branch=given["branch_name"],
             mails=given["format_patch"],
-            grouping=Grouping(given["grouping"]),
+            grouping=Grouping(given["grouping"] or Grouping.FILE),
             max_files=given["max_files"],
             prefix=given["commit_prefix"],
         )
+
+    def check(self, root: Path) -> None:
+        """See whether there is such a place, before hours are spent on what goes there.
+
+        Raises:
+            InvalidRequest: commits are asked for outside of a repository, or before its first commit.
+        """
+        if self.branch is None and self.mails is None:
+            return
+        git = Git.of(root)
+        if git is None:
+            raise InvalidRequest(
+                f"{root} is in no git repository", hint="--in-place writes the files themselves"
+            )
+        if git.commit_id("HEAD") is None:
+            raise InvalidRequest(f"the repository {git.top} has no commit to begin a branch at")
 
     @property
     def has_place(self) -> bool:
@@ -142,23 +162,27 @@ def _rows(rows: Backfills, run: Run) -> Iterator[reports.Row]:
                     kind=target.kind,
                     status=status,
                     reason=None if status is reports.Status.ACCEPTED else reason,
-                    score=target.score if target.state is TargetState.ACCEPTED else None,
-                    text=target.text,
+                    score=target.score if status is reports.Status.ACCEPTED else None,
+                    text=target.text if status is reports.Status.ACCEPTED else None,
                 )
         after = files[-1].path
 
 
-def _done(
-    rows: Backfills, run: Run, *, states: tuple[FileState, ...] = (FileState.DONE,)
-) -> Iterator[EditedFile]:
+#: Also what was handed over or had changed: the planned bytes may be back, and they alone decide.
+_JUDGED: Final = (FileState.DONE, FileState.CHANGED, FileState.APPLIED, FileState.COMMITTED)
+
+
+def _done(rows: Backfills, run: Run) -> Iterator[EditedFile]:
     """Yield the files that can be handed over, and say of the others why not."""
-    for found in edited_files(rows, run, states=states):
+    for found in edited_files(rows, run, states=_JUDGED):
         match found:
             case EditedFile():
                 yield found
             case LeftAlone(file, has_docstrings=True):
                 rows.set_file_state(file.id, FileState.APPLIED)
                 note(f"{file.path} has its docstrings already")
+            case LeftAlone(file, fault=str(fault)):
+                say(f"{file.path} is left alone: {fault}")
             case LeftAlone(file):
                 rows.set_file_state(file.id, FileState.CHANGED, "changed since it was planned")
                 say(f"{file.path} was changed since it was planned, and is left alone")
@@ -191,9 +215,7 @@ def _write(rows: Backfills, run: Run) -> None:
 def _commit(rows: Backfills, run: Run, gift: Gift) -> None:
     git, inside = Git.of(Path(run.root)), _inside(run)
     if git is None:
-        raise InvalidRequest(
-            f"{run.root} is in no git repository", hint="--in-place writes the files themselves"
-        )
+        raise InvalidRequest(f"{run.root} is in no git repository any more")
     files: dict[str, File] = {}
     gains: dict[str, int] = {}
     for found in _done(rows, run):

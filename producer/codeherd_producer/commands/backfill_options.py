@@ -95,7 +95,9 @@ def make_options(root: Path, models: ModelTable, given: Mapping[str, Any]) -> Op
         raise UnsupportedByModel(f"`{model.name}` cannot fill holes", hint=f"these can: {able}")
     kinds: dict[str, Any] = {
         field: _first(
-            given[f"kind_{field}"], True if given["everything"] else None, getattr(project.selection, field)
+            given.get(f"kind_{field}"),
+            True if given.get("everything") else None,
+            getattr(project.selection, field),
         )
         for _, field, _ in _KINDS
     }

@@ -20,6 +20,8 @@ from codeherd_schema.errors import RunNotFound
 
 #: Characters of a whole id.
 _WHOLE: Final = 36
+#: Newest runs that the beginning of an id is looked for in.
+_KNOWN: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def meant(rows: Backfills, run_id: str | None) -> Run:
     """
     if run_id is not None and len(run_id) == _WHOLE:
         return rows.get(run_id)
-    known = rows.list()
+    known = rows.list(1 if run_id is None else _KNOWN)
     found = [run for run in known if run_id is None or run.id.startswith(run_id)]
     if not found or (run_id is not None and len(found) > 1):
         raise RunNotFound(
