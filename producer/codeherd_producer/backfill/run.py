@@ -129,6 +129,8 @@ class Backfill:
         self._root = Path(run.root)
         self._options = Options.model_validate(run.options)
         self._clock = clock
+        # Jobs that nobody had asked for before, since the work began.
+        self._asked = 0
 
     def plan(self, told: Callable[[int], None] = lambda _: None) -> None:
         """Find every file and symbol; what was found before a kill is left as it is.
@@ -170,13 +172,12 @@ class Backfill:
         """
         stop = stop or threading.Event()
         self._rows.set_state(self._run.id, RunState.RUNNING)
-        began, asked = self._clock(), 0
+        began, self._asked = self._clock(), 0
         tokens_before = self._rows.progress(self._run.id).tokens
         look_at = began
         with self._client.watch() as watch:
             while not stop.is_set():
                 moved, jobs = self._turn()
-                asked += len(jobs)
                 watch.add(jobs)
                 if moved and self._clock() < look_at:
                     continue
@@ -185,7 +186,7 @@ class Backfill:
                 told(progress)
                 if not any(progress.files[state] for state in OPEN_FILES):
                     return self._ended(RunState.DONE)
-                if _is_reached(limits, asked, progress.tokens - tokens_before, self._clock() - began):
+                if _is_reached(limits, self._asked, progress.tokens - tokens_before, self._clock() - began):
                     break
                 if not moved:
                     watch.wait(self._turn_s)
@@ -327,10 +328,13 @@ class Backfill:
         # Asked before by another run, whose jobs may have ended without a text. Once each: two symbols may
         # have asked for the same.
         for job in {job.id: job for job in jobs}.values():
-            if job.deduplicated and job.state in FINAL_STATES - {JobState.SUCCEEDED}:
+            if not job.deduplicated:
+                self._asked += 1
+            elif job.state in FINAL_STATES - {JobState.SUCCEEDED}:
                 # Somebody else may have been faster.
                 with contextlib.suppress(IllegalMove):
                     job.retry()
+                    self._asked += 1
         exchange = file.exchange + 1
         self._rows.ask(
             file.id,

@@ -98,6 +98,8 @@ _STATEMENT = re.compile(
     r"|import \w|from \w+ import|if .*:$|for .* in .*:$|while .*:$|else:|try:|except\b.*:|self\.\w+ ?=|@\w+)",
     re.MULTILINE,
 )
+#: A comment, or a call and nothing else, for a first line.
+_EXPRESSION = re.compile(r"\s*(?:#|[\w.]+\([^()\n]*\)\.?[ \t]*(?:\n|\Z))")
 _PARAMETER = re.compile(
     r"^\s*(?::param(?:eter)?\s+(?:[\w.\[\], ]+\s+)?\*{0,2}(\w+)\s*:|@param\s+(\w+))", re.MULTILINE
 )
@@ -160,7 +162,7 @@ def restates(text: str, name: str) -> bool:
 
 def looks_like_code(text: str) -> bool:
     """Whether a text is code rather than words about it."""
-    if _STATEMENT.search(_told(text)):
+    if _STATEMENT.search(_told(text)) or _EXPRESSION.match(text):
         return True
     # What stands in backquotes, and the parameters of a section, may look as they like.
     prose = re.sub(r"`[^`]*`", "", _told(text))

@@ -246,7 +246,10 @@ def _commit(rows: Backfills, run: Run, gift: Gift) -> None:
             target.patches(gift.mails)
     if refused is not None:
         raise refused
-    note(f"{len(commits)} commits" + (f" on {gift.branch}" if gift.branch else ""))
+    note(
+        f"{len(commits)} commit{'' if len(commits) == 1 else 's'}"
+        + (f" on {gift.branch}" if gift.branch else "")
+    )
     if commits:
         note("for .git-blame-ignore-revs:\n" + blame_ignore_lines(run.id, commits))
 

@@ -304,6 +304,16 @@ def test_a_budget_ends_the_work_and_a_resumed_run_asks_only_the_rest(bench: Benc
     assert len(bench.ran) == len(set(bench.ran)) == TARGETS
 
 
+def test_texts_of_earlier_runs_cost_nothing_of_a_budget(bench: Bench) -> None:
+    bench.carry(bench.create())
+    again = bench.create()
+
+    assert bench.carry(again, limits=Limits(jobs=1)) is RunState.DONE
+
+    assert len(bench.ran) == TARGETS
+    assert bench.rows.progress(again.id).targets[TargetState.ACCEPTED] == TARGETS
+
+
 def test_two_processes_on_one_run_do_no_harm(bench: Bench, database_url: str) -> None:
     run = bench.create()
     work = Backfill(bench.client, bench.rows, run, turn_s=0.0)

@@ -12,6 +12,7 @@ from codeherd_producer.backfill.texts import (
     Rejection,
     Surroundings,
     is_like,
+    looks_like_code,
     loops,
     rejection,
     restates,
@@ -208,3 +209,18 @@ def test_people_who_write_docstrings_are_mostly_let_through() -> None:
 
     assert len(judgements) > 100
     assert statistics.mean(judgements) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("text", "is_code"),
+    [
+        ('self.dict.pop("keyencoding", "__len__").', True),
+        ("# We have a newly reading.", True),
+        ("close()", True),
+        ("Call close() and return what it gave.", False),
+        ("Return the value (or None).", False),
+        ("close() is called by the owner.", False),
+    ],
+)
+def test_a_call_alone_and_a_comment_are_code(text: str, is_code: bool) -> None:
+    assert looks_like_code(text) is is_code
