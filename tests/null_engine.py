@@ -51,14 +51,17 @@ LOOK_S = 0.005
 #: Made-up tokens come from this many ordinary pieces.
 PIECES = 200
 #: Sentences are put together of these.
-_VERBS = tuple(
-    ["Return", "Collect", "Compare", "Remove", "Update", "Measure", "Rewrite", "Describe", "Sort", "Join"]
+_VERBS = (
+    *("Return", "Collect", "Compare", "Remove", "Update"),
+    *("Measure", "Rewrite", "Describe", "Sort", "Join"),
 )
-_KINDS = tuple(
-    ["open", "older", "nearest", "remaining", "broken", "marked", "quiet", "shared", "hidden", "cheap"]
+_KINDS = (
+    *("open", "older", "nearest", "remaining", "broken"),
+    *("marked", "quiet", "shared", "hidden", "cheap"),
 )
-_THINGS = tuple(
-    ["rows", "windows", "readers", "bridges", "letters", "engines", "parcels", "roads", "voices", "maps"]
+_THINGS = (
+    *("rows", "windows", "readers", "bridges", "letters"),
+    *("engines", "parcels", "roads", "voices", "maps"),
 )
 
 
