@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit chaos docs bench bench-control bench-scale up clean
+.PHONY: help setup demo test check unit chaos corpora docs bench bench-control bench-scale up clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -38,6 +38,10 @@ unit: $(INSTALLED) ## all tests with coverage
 
 chaos: $(INSTALLED) ## all chaos tests, with storms of 2,000 jobs; CHAOS_SEED=n replays one
 	CHAOS_JOBS=$${CHAOS_JOBS:-2000} $(BIN)/python -m pytest -s tests/chaos
+
+corpora: $(INSTALLED) ## document other people's code, FOLDERS="...", and prove that nothing else changed
+	$(BIN)/python -m tests.corpora $(FOLDERS) --text accepting
+	$(BIN)/python -m tests.corpora $(FOLDERS) --text nasty
 
 docs: $(INSTALLED) ## write the generated parts of docs/ anew
 	$(BIN)/python docs/generate.py
