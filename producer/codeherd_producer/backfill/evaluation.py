@@ -552,7 +552,7 @@ class Report:
         else:
             yield (
                 "note: if this code is public the model may have read these very docstrings; "
-                "compare with a tree from before the model (new since)."
+                "`--new-since` takes only what an older tree lacks."
             )
         if self.sample.unread:
             yield f"note: {self.sample.unread} files could not be read."

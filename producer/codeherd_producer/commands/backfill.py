@@ -33,7 +33,7 @@ from codeherd_producer.commands.output import print_json, print_table, print_tex
 from codeherd_producer.commands.request_options import options
 from codeherd_producer.commands.talk import note, say
 from codeherd_schema.backfills import FileState, Progress, Run, RunState, TargetState
-from codeherd_schema.errors import InvalidRequest, RunNotFound
+from codeherd_schema.errors import DatabaseUnavailable, InvalidRequest, RunNotFound
 from codeherd_schema.models import ModelTable
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
@@ -305,6 +305,8 @@ def _carry_on(site: Site, run: Run, limits: Limits, gift: Gift, *, as_json: bool
             site.rows.set_state(run.id, RunState.STOPPED)
         say(f"\nstopped; what is queued goes on; `{again}` takes it up")
         raise
+    except DatabaseUnavailable as err:
+        raise DatabaseUnavailable(err.message, hint=f"`{again}` goes on when it is back") from err
     progress = site.rows.progress(run.id)
     if not as_json:
         note(told(run, progress))
@@ -320,12 +322,14 @@ def _carry_on(site: Site, run: Run, limits: Limits, gift: Gift, *, as_json: bool
 def told(run: Run, progress: Progress) -> str:
     """Say in one line how a run stands."""
     counts, changed = progress.targets, progress.files[FileState.CHANGED]
+    still_open = counts[TargetState.OPEN]
     parts = [
         f"{counts[TargetState.ACCEPTED]} docstrings",
         f"{counts[TargetState.REJECTED]} symbols left for a human",
+        *([f"{still_open} still open"] if still_open else []),
         f"{progress.documented} documented before",
         f"{progress.tokens} tokens",
-        *([f"{changed} files changed meanwhile"] if changed else []),
+        *([f"files changed meanwhile: {changed}"] if changed else []),
     ]
     return f"run {run.id}: {', '.join(parts)}"
 
