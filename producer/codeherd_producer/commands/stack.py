@@ -22,7 +22,7 @@ from codeherd_producer.commands.help_text import Verb
 from codeherd_producer.commands.request_options import options
 from codeherd_producer.commands.talk import say
 from codeherd_producer.heartbeat import BeatingFlag
-from codeherd_schema.errors import BrokerUnavailable, ConfigurationError
+from codeherd_schema.errors import BrokerUnavailable, ConfigurationError, DatabaseUnavailable
 from codeherd_schema.models import ModelTable
 from codeherd_schema.redis_facts import check_start
 from codeherd_schema.settings import PREFIX, SharedSettings
@@ -81,7 +81,11 @@ def dispatcher(ctx: click.Context) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     store = Store.open(settings.database, max_attempts=settings.max_attempts, **settings.database_options)
-    store.check_schema()
+    try:
+        store.check_schema()
+    except DatabaseUnavailable as err:
+        # As when it goes away later: the dispatcher goes on when it is back.
+        logger.warning("database_away reason=%s", err)
     _check_redis(settings)
     broker = Broker(settings)
     # Not in the main thread: its signal handler takes the event's lock, which `run` may hold.

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from codeherd_schema.migrations import upgrade
 from codeherd_schema.requests import GenerateRequest
 from codeherd_schema.states import JobState
 from codeherd_schema.store import Store
 from tests.by_hand import finish
-from tests.services import wait_until
+from tests.services import PostgresServer, wait_until
 
 CODEHERD = (sys.executable, "-m", "codeherd_producer.cli")
 #: The budget of CPU seconds, on a machine that imports click, pydantic and SQLAlchemy in `LIBRARIES_S`.
@@ -200,6 +202,30 @@ def test_sigterm_ends_the_dispatcher(environment: dict[str, str], store: Store, 
 
     _, said = process.communicate(timeout=60)
     assert (process.returncode, b"Traceback" in said) == (0, False)
+
+
+def test_a_dispatcher_that_starts_while_the_database_is_down_works_when_it_is_up(
+    environment: dict[str, str], broker_url: str, tmp_path: Path
+) -> None:
+    said = tmp_path / "said"
+    with PostgresServer() as server:
+        url = server.url_of(server.create_database())
+        upgrade(url)
+        with closing(Store.open(url)) as store:
+            job = store.submit([_request()], queue_of=lambda _: "codeherd.tiny")[0]
+            server.crash()
+            with said.open("wb") as log:
+                process = subprocess.Popen(
+                    [*CODEHERD, "dispatcher"],
+                    env={**environment, "CODEHERD_DATABASE_URL": url, "CODEHERD_BROKER_URL": broker_url},
+                    stderr=log,
+                )
+            wait_until(lambda: "database_away" in said.read_text(), "the dispatcher to notice")
+            server.start()
+            wait_until(lambda: _is_published(store, job.job_id), "the dispatcher to publish")
+
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
 
 
 def test_a_dispatcher_without_a_schema_does_not_start(environment: dict[str, str], tmp_path: Path) -> None:
