@@ -87,6 +87,8 @@ def edit_of(original: Scan, insertion: Insertion) -> Edit:
     symbol = insertion.symbol
     if symbol.is_documented:
         raise UnsafeEdit("there is a docstring")
+    if symbol.has_doc_slot:
+        raise UnsafeEdit("a class with a slot for `__doc__` can have no docstring")
     if not insertion.lines:
         raise UnsafeEdit("no lines to put in")
     indent, newline = symbol.indent, symbol.newline

@@ -112,6 +112,8 @@ class Symbol:
     is_trivial: bool
     #: Code of this file reads or sets the symbol's `__doc__`.
     is_doc_used: bool
+    #: A class that keeps `__doc__` in a slot: with a docstring Python refuses to make it.
+    has_doc_slot: bool
 
     @property
     def is_documented(self) -> bool:
@@ -246,7 +248,7 @@ class _Finder:
             docstring=value, docstring_span=span,
             decorators=(), bases=(), parameters=(), returns=None, gives_value=False, yields=False, raises=(),
             statements=len(tree.body), is_trivial=_is_trivial(tree.body),
-            is_doc_used="" in self._documents,
+            is_doc_used="" in self._documents, has_doc_slot=False,
         )  # fmt: skip
 
     def _symbol(self, node: Any, name: str, in_class: bool, in_function: bool) -> Symbol:
@@ -288,7 +290,7 @@ class _Finder:
             gives_value=facts.gives_value, yields=facts.yields, raises=facts.raises,
             statements=len(node.body) - (value is not None),
             is_trivial=_is_trivial(node.body),
-            is_doc_used=name in self._documents,
+            is_doc_used=name in self._documents, has_doc_slot=is_class and _has_doc_slot(node),
         )  # fmt: skip
 
     def _place(self, node: Any) -> int:
@@ -491,6 +493,17 @@ def _own_name(expression: ast.AST) -> str:
     if isinstance(expression, ast.Attribute):
         return expression.attr
     return expression.id if isinstance(expression, ast.Name) else ""
+
+
+def _has_doc_slot(node: ast.ClassDef) -> bool:
+    for one in node.body:
+        if isinstance(one, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and one.value is not None:
+            targets = one.targets if isinstance(one, ast.Assign) else [one.target]
+            if any(isinstance(target, ast.Name) and target.id == "__slots__" for target in targets):
+                words = (word.value for word in ast.walk(one.value) if isinstance(word, ast.Constant))
+                if "__doc__" in words:
+                    return True
+    return False
 
 
 def _parameters(arguments: ast.arguments) -> Iterator[Parameter]:

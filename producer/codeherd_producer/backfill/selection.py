@@ -58,6 +58,7 @@ class Reason(StrEnum):
     TEST = "test"
     VISIBLE = "visible at run time"
     GRAMMAR = "grammar"
+    SLOT = "slot for __doc__"
     SHORT = "short"
     EXCLUDED = "excluded by name"
 
@@ -143,6 +144,7 @@ def _rules(
     yield Reason.MARKED, _is_marked(symbol, lines)
     yield Reason.EXCLUDED, _is_excluded(symbol.name, wanted)
     yield Reason.OVERLOAD, "overload" in last_words
+    yield Reason.SLOT, symbol.has_doc_slot
     yield Reason.PROPERTY, bool(last_words & _GETTERS) and not wanted.properties
     yield Reason.SETTER, bool(last_words & {"setter", "deleter"}) and not wanted.setters
     yield Reason.OVERRIDE, "override" in last_words and not wanted.overrides

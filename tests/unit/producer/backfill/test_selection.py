@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from codeherd_producer.backfill.editor import Insertion, UnsafeEdit, edited
 from codeherd_producer.backfill.scanner import Symbol, scan
 from codeherd_producer.backfill.selection import Reason, Selection, decided, is_generated, is_skipped
 
@@ -272,3 +273,29 @@ def test_files_that_are_left_alone_say_so_in_their_head(head: bytes, is_it: bool
 )
 def test_generated_files_say_so_in_their_head(head: bytes, is_it: bool) -> None:
     assert is_generated(scan(head)) is is_it
+
+
+@pytest.mark.parametrize(
+    ("slots", "is_left"),
+    [
+        ("('name', '__doc__')", True),
+        ("[*BASE, '__doc__']", True),
+        ("('name',)", False),
+        ("'__dict__'", False),
+    ],
+)
+def test_a_class_with_a_slot_for_its_docstring_is_left_alone_whatever_is_wanted(
+    slots: str, is_left: bool
+) -> None:
+    found = scan(f"class A:\n    __slots__ = {slots}\n".encode())
+
+    [(_, reason)] = [
+        (symbol, why)
+        for symbol, why in decided(found, Selection(visible=True, trivial=True), is_test_file=False)
+        if symbol.name == "A"
+    ]
+
+    assert reason is (Reason.SLOT if is_left else None)
+    if is_left:
+        with pytest.raises(UnsafeEdit, match="slot"):
+            edited(found, [Insertion(found.symbols[1], ('"""Say it."""',))])
