@@ -6,11 +6,10 @@ read the command line (`commands.backfill`) or a project's own settings (`projec
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from codeherd_producer.backfill.dialog import Policy
 from codeherd_producer.backfill.docstrings import Convention
@@ -25,51 +24,11 @@ CHARS_PER_TOKEN: Final = 2.5
 MOST_TOKENS: Final = 2_048
 
 
-class Kinds(Frozen):
-    """Which symbols are wanted; `selection.Selection` says what each means."""
-
-    modules: bool = False
-    magic: bool = False
-    init: bool = True
-    private: bool = False
-    semiprivate: bool = False
-    nested: bool = False
-    setters: bool = False
-    properties: bool = True
-    tests: bool = False
-    trivial: bool = False
-    visible: bool = False
-    overrides: bool = False
-    blank: bool = False
-    one_liners: bool = False
-    min_lines: int = Field(default=0, ge=0)
-    #: Regular expressions, searched in qualified names.
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    @field_validator("include", "exclude")
-    @classmethod
-    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as err:
-                raise ValueError(f"`{pattern}` is no regular expression: {err}") from err
-        return patterns
-
-    def selection(self) -> Selection:
-        """Return the rules."""
-        values: dict[str, Any] = self.model_dump()
-        for name in ("include", "exclude"):
-            values[name] = tuple(re.compile(pattern) for pattern in values[name])
-        return Selection(**values)
-
-
 class Options(Frozen):
     """Everything that decides what a run gives; kept with it, so that a later day gives the same."""
 
     model: str
-    kinds: Kinds = Kinds()
+    kinds: Selection = Selection()
     #: Patterns of paths, from the folder that was asked for.
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -93,7 +52,7 @@ class Options(Frozen):
     def wanted(self) -> Wanted:
         """Return what the planner looks for."""
         return Wanted(
-            selection=self.kinds.selection(),
+            selection=self.kinds,
             include=self.include,
             exclude=self.exclude,
             changed_since=self.changed_since,

@@ -60,7 +60,7 @@ def evaluate(ctx: click.Context, /, path: Path, **given: Any) -> None:
         path,
         given["count"],
         seed=given["seed"],
-        selection=wanted.kinds.selection(),
+        selection=wanted.kinds,
         include=wanted.include,
         exclude=wanted.exclude,
         new_since=given["new_since"],

@@ -22,7 +22,7 @@ from codeherd_schema.errors import InvalidRequest, UnsupportedByModel
 from codeherd_schema.models import ModelTable
 from codeherd_schema.requests import JobKind, first_fault
 
-#: Kinds of symbols: the option's name, the field of `Kinds`, and what it says.
+#: Kinds of symbols: the option's name, the field of `Selection`, and what it says.
 _KINDS = (
     ("module", "modules", "Modules."),
     ("init-method", "init", "`__init__` and `__call__` [yes]."),

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from codeherd_producer.backfill.docstrings import Convention
-from codeherd_producer.backfill.options import Kinds, Options
+from codeherd_producer.backfill.options import Options
 from codeherd_producer.backfill.outcome import EditedFile, LeftAlone, edited_files
 from codeherd_producer.backfill.run import Backfill, Limits
 from codeherd_producer.backfill.selection import Selection
@@ -344,11 +346,16 @@ def test_several_candidates_are_ranked_and_kept_with_their_scores(bench: Bench) 
     assert target.score is not None
 
 
-def test_the_kinds_are_those_of_the_selection() -> None:
-    names = {one.name for one in fields(Selection)}
-    assert set(Kinds.model_fields) == names
-    rules = Selection()
-    assert Kinds().selection() == rules
+def test_options_are_the_same_after_they_were_kept() -> None:
+    kinds = Selection(magic=True, min_lines=3, include=(re.compile("^a"), re.compile("(?i)b")))
+    options = Options(model="tiny", context_chars=500, kinds=kinds, convention=Convention.NUMPY)
+
+    kept = options.model_dump(mode="json")
+    again = Options.model_validate(json.loads(json.dumps(kept)))
+    assert again.model_dump(mode="json") == kept
+    assert (again.kinds.magic, again.kinds.min_lines) == (True, 3)
+    assert list(again.kinds.include) == list(kinds.include)
+    assert again.convention is Convention.NUMPY
 
 
 def test_syntax_that_is_unknown_here_is_documented_and_proven_by_the_other_interpreter(
