@@ -118,12 +118,12 @@ MOST_ROUNDS = {("random-110m", "long"): 1}
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """How much of each workload a model runs; the whole suite has to end within half an hour."""
+    """How much of each workload a model runs; the whole suite has to end within an hour."""
 
     ragged_jobs: int
     backfill_files: int
     holes_per_file: int
-    #: Tokens of a file's longest prompt.
+    #: Tokens of a file's longest prompt; a backfill shows a model of 2,048 tokens or more about as many.
     file_tokens: int
     long_jobs: int
     single_jobs: int
@@ -131,10 +131,10 @@ class _Size:
 
 _SIZES = {
     "tiny": _Size(
-        ragged_jobs=64, backfill_files=4, holes_per_file=12, file_tokens=960, long_jobs=8, single_jobs=8
+        ragged_jobs=64, backfill_files=4, holes_per_file=12, file_tokens=1440, long_jobs=8, single_jobs=8
     ),
     "random-110m": _Size(
-        ragged_jobs=48, backfill_files=2, holes_per_file=8, file_tokens=480, long_jobs=1, single_jobs=4
+        ragged_jobs=48, backfill_files=1, holes_per_file=12, file_tokens=1440, long_jobs=1, single_jobs=4
     ),
 }
 
