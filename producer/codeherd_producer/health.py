@@ -21,9 +21,10 @@ from codeherd_producer.database_checks import (
     judge_room,
     known_jobs,
 )
+from codeherd_producer.dispatcher import MOST_PATIENCE
 from codeherd_producer.findings import Finding, Verdict, broken
 from codeherd_producer.machine_checks import examine_machine
-from codeherd_producer.redis_checks import RedisLook, Tenants, judge_redis, judge_tenants
+from codeherd_producer.redis_checks import Tenants, judge_redis, judge_tenants, tenants_of
 from codeherd_schema.broker import Broker
 from codeherd_schema.database import Database
 from codeherd_schema.errors import BrokerUnavailable, CodeherdError, UnknownModel
@@ -35,8 +36,8 @@ from codeherd_schema.store import QueueDepth
 
 #: Seconds that a due job may wait for its first message before the dispatcher counts as silent.
 UNPUBLISHED_S: Final = 10.0
-#: A hint that was not sent again after so many times `republish_after_s` is overdue.
-OVERDUE_TIMES: Final = 3
+#: So many times `republish_after_s` after it was sent a hint is overdue: no dispatcher waits as long.
+OVERDUE_TIMES: Final = MOST_PATIENCE + 1
 
 Workers = Mapping[str, Mapping[str, Any]]
 
@@ -87,10 +88,10 @@ def examine(
 def _examine_broker(
     settings: SharedSettings, work: Work | None, room: Room | None, answer_s: float
 ) -> Iterator[Finding]:
-    broker, look = Broker(settings), RedisLook(settings)
+    broker = Broker(settings)
     try:
         yield from judge_redis(broker.check(), settings.broker.masked())
-        tenants = look.tenants()
+        tenants = tenants_of(broker, settings.key_prefix)
         if tenants is not None:
             known = None if work is None else _known(settings, tenants)
             yield from judge_tenants(tenants, settings.key_prefix, known)
@@ -107,7 +108,6 @@ def _examine_broker(
     except BrokerUnavailable as err:
         yield broken("broker", err)
     finally:
-        look.close()
         broker.close()
 
 

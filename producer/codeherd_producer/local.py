@@ -37,7 +37,8 @@ WORKER: Final = "worker"
 GRACE_S: Final = 10.0
 #: Statuses of our own commands that come from a wrong setting or option.
 WRONG_USE: Final = frozenset({2})
-#: The worker's launcher restarts its processes itself: it ends only when that is hopeless.
+#: The worker's launcher restarts its processes itself: it fails only when that is hopeless. One that was told
+#: to stop from outside ends well, and is started again.
 WORKER_HOPELESS: Final = frozenset({1, 2})
 
 

@@ -1,25 +1,19 @@
 """Judge the broker: what Redis tells of itself, who shares it, which messages wait in it.
 
-Owns: a look at the keys of one Redis database, and the judgement of what was seen. Changes nothing. What
-Redis' own figures mean is said in `codeherd_schema.redis_facts`, since workers want to know it too.
+Owns: the judgement of what was seen in one Redis database. Changes nothing, and asks by the broker's own door
+(`codeherd_schema.broker`). What Redis' own figures mean is said in `codeherd_schema.redis_facts`, since
+workers want to know it too.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
-
-from kombu.exceptions import KombuError
-from redis.exceptions import NoPermissionError, RedisError
+from typing import Final
 
 from codeherd_producer.findings import Finding, Verdict
-from codeherd_schema.broker import make_app
-from codeherd_schema.errors import BrokerUnavailable
+from codeherd_schema.broker import Broker
 from codeherd_schema.redis_facts import Gravity, faults
-from codeherd_schema.settings import SharedSettings
 
 #: Keys that are looked at; a herd has a dozen, a shared database may have millions.
 MOST_KEYS: Final = 10_000
@@ -96,79 +90,28 @@ def judge_tenants(tenants: Tenants, prefix: str, known: Collection[str] | None) 
         yield Finding("key prefix", Verdict.OK, f"`{prefix}`, {others if tenants.strangers else alone}")
 
 
-class RedisLook:
-    """A look around in Redis, one connection for each question."""
+def tenants_of(broker: Broker, prefix: str) -> Tenants | None:
+    """Return who uses the Redis database; None if this user may not look.
 
-    def __init__(self, settings: SharedSettings) -> None:
-        """Remember where to look."""
-        self._settings = settings
-        self._app = make_app(settings, ())
+    Args:
+        broker: the way to it.
+        prefix: of our own keys.
 
-    def tenants(self) -> Tenants | None:
-        """Return who uses the Redis database; None if this user may not look.
-
-        Raises:
-            BrokerUnavailable: Redis did not answer in time.
-        """
-        prefix = self._settings.key_prefix
-        with self._client() as client:
-            try:
-                keys = _keys(client)
-                ours = [key for key in keys if key.startswith(prefix)]
-                lists = [key for key in ours if key.startswith(prefix + _OURS)]
-                return Tenants(
-                    intruders=_first(name for name in map(_exchange, _without(prefix, ours)) if name),
-                    strangers=_first(set(keys) - set(ours)),
-                    job_ids=frozenset(job_id for key in lists for job_id in _job_ids(client, key)),
-                )
-            except NoPermissionError:
-                return None
-
-    def close(self) -> None:
-        """Forget the app."""
-        self._app.close()
-
-    @contextmanager
-    def _client(self) -> Iterator[Any]:
-        settings = self._settings
-        # As short as `Broker` is with it: one try, and no longer than told.
-        options = {"max_retries": 0, "socket_timeout": settings.connect_timeout_s}
-        try:
-            with (
-                self._app.connection_for_write(transport_options=options) as connection,
-                connection.default_channel.conn_or_acquire() as client,
-            ):
-                yield client
-        except (KombuError, RedisError, OSError) as err:
-            raise BrokerUnavailable(
-                f"broker {settings.broker.masked()} did not answer: {_reason(err)}",
-                hint="`codeherd up` starts an embedded one; CODEHERD_BROKER_URL names another",
-            ) from err
-
-
-def _reason(err: BaseException) -> str:
-    """Name the error below kombu's wrappers: it says whether to look at the network or the password."""
-    return type(err).__name__ if err.__cause__ is None else _reason(err.__cause__)
-
-
-def _keys(client: Any) -> list[str]:
-    found: set[str] = set()
-    for key in client.scan_iter(count=1000):
-        found.add(key.decode(errors="replace"))
-        if len(found) >= MOST_KEYS:
-            break
-    return sorted(found)
-
-
-def _job_ids(client: Any, key: str) -> Iterator[str]:
-    if client.type(key) != b"list":
-        return
-    # Commands that kombu gives the prefix to would get it twice; this one it leaves alone.
-    for raw in client.execute_command("LRANGE", key, 0, MOST_MESSAGES - 1):
-        try:
-            yield str(json.loads(raw)["headers"]["id"]).rpartition(".")[0]
-        except (ValueError, KeyError, TypeError):
-            continue
+    Raises:
+        BrokerUnavailable: Redis did not answer in time.
+    """
+    keys = broker.keys(MOST_KEYS)
+    if keys is None:
+        return None
+    ours = [key for key in sorted(keys) if key.startswith(prefix)]
+    job_ids = broker.named_in([key for key in ours if key.startswith(prefix + _OURS)], MOST_MESSAGES)
+    if job_ids is None:
+        return None
+    return Tenants(
+        intruders=_first(name for name in map(_exchange, _without(prefix, ours)) if name),
+        strangers=_first(keys - set(ours)),
+        job_ids=job_ids,
+    )
 
 
 def _exchange(name: str) -> str | None:

@@ -36,7 +36,7 @@ class Run:
     options: Mapping[str, Any]
     state: RunState
     created_at: datetime
-    #: When it was done or stopped.
+    #: When it was done or stopped; one that was done has it also while it is taken up again.
     finished_at: datetime | None
 
 
@@ -52,6 +52,8 @@ class NewTarget:
     twin: int
     line: int
     kind: str
+    #: Of its own code, in hexadecimal: by it a target is known again in another version of the file.
+    code_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Target:
     twin: int
     line: int
     kind: str
+    code_sha256: str
     state: TargetState
     #: The accepted docstring, before it is rendered.
     text: str | None
@@ -227,6 +230,7 @@ def target_row(file_id: int, target: NewTarget) -> dict[str, Any]:
         "twin": target.twin,
         "line": target.line,
         "kind": target.kind,
+        "code_sha256": target.code_sha256,
         "state": TargetState.OPEN.value,
     }
 
@@ -289,6 +293,7 @@ def target_of(row: Row[Any]) -> Target:
         twin=row.twin,
         line=row.line,
         kind=row.kind,
+        code_sha256=row.code_sha256,
         state=TargetState(row.state),
         text=None if row.text is None else json.loads(row.text),
         reason=row.reason,

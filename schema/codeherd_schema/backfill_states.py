@@ -5,8 +5,9 @@ Owns: the words and what each promises. Does not know how a move is made (`codeh
     PLANNED -> ASKED -> DONE -> APPLIED -> COMMITTED
     PLANNED -> DONE                 nothing could be asked
     PLANNED -> SKIPPED
+    PLANNED -> PLANNED | DONE       changed before anything was asked: planned anew, as another row
     PLANNED | ASKED | DONE -> CHANGED
-    CHANGED -> APPLIED | COMMITTED  the planned bytes are back
+    CHANGED -> APPLIED | COMMITTED  the planned bytes are back, or texts were carried over to the new ones
     DONE -> COMMITTED               on a branch; the working tree was never touched
 """
 
@@ -39,11 +40,11 @@ class FileState(StrEnum):
     DONE = "done"
     #: Never worked on; the reason says why.
     SKIPPED = "skipped"
-    #: Its bytes are not the planned ones.
+    #: Its bytes are not the planned ones, and nothing could be asked or handed over; the reason says why.
     CHANGED = "changed"
-    #: The accepted texts are in the working tree.
+    #: The accepted texts are in the working tree, as far as their symbols still are what they were.
     APPLIED = "applied"
-    #: The accepted texts are in a commit.
+    #: The accepted texts are in a commit, likewise.
     COMMITTED = "committed"
 
 

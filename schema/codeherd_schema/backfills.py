@@ -291,16 +291,20 @@ class Backfills:
         return run_of(row)
 
     def set_state(self, run_id: str, state: RunState) -> None:
-        """Say where the run is; a repeat leaves the time of the first.
+        """Say where the run is; a repeat leaves the time of the first, as a look at a run that is done does.
 
         Raises:
             RunNotFound: there is no such run.
         """
+        was, ended_at = backfill_runs.c.state, backfill_runs.c.finished_at
+        is_kept = was == state.value
+        if state is RunState.RUNNING:
+            # Taken up again there is nothing left to do in it, so that it is done at once.
+            is_kept = or_(is_kept, was == RunState.DONE.value)
+        elif state is RunState.DONE:
+            is_kept = or_(is_kept, and_(was == RunState.RUNNING.value, ended_at.is_not(None)))
         ends = state in {RunState.DONE, RunState.STOPPED}
-        finished_at = case(
-            (backfill_runs.c.state == state.value, backfill_runs.c.finished_at),
-            else_=now() if ends else None,
-        )
+        finished_at = case((is_kept, ended_at), else_=now() if ends else None)
         statement = (
             update(backfill_runs)
             .where(backfill_runs.c.id == run_id)
@@ -352,15 +356,34 @@ class Backfills:
             run = select(backfill_runs.c.id).where(backfill_runs.c.id == run_id)
             if connection.scalar(run.with_for_update(read=True, key_share=True)) is None:
                 raise _no_run(run_id)
-            statement = insert_or_leave(
-                connection, backfill_files, [backfill_files.c.run_id, backfill_files.c.path]
-            ).returning(backfill_files.c.id, backfill_files.c.path)
-            rows = [file_row(run_id, path, file) for path, file in planned.items()]
-            added = connection.execute(statement, rows).all()
-            targets = [target_row(row.id, target) for row in added for target in planned[row.path].targets]
-            if targets:
-                insert_many(connection, backfill_targets, targets)
-            return len(added)
+            return _add(connection, run_id, planned)
+
+        return self._database.write(work)
+
+    def replan(self, file: File, planned: NewFile) -> bool:
+        """Put a new plan of a file in the place of one of which nothing was asked.
+
+        It is a new row with another id: whoever still works by the old plan changes nothing any more.
+
+        Args:
+            file: as it was read.
+            planned: of the same path.
+
+        Returns:
+            Whether it was done. If not, something was asked, or the file was planned anew before.
+        """
+        if planned.path != file.path:
+            raise ValueError(f"a plan of `{planned.path}` is none of `{file.path}`")
+        gone = delete(backfill_files).where(
+            backfill_files.c.id == file.id,
+            backfill_files.c.state == FileState.PLANNED.value,
+        )
+
+        def work(connection: Connection) -> bool:
+            if connection.execute(gone).rowcount == 0:
+                return False
+            _add(connection, file.run_id, {kept_path(planned.path): planned})
+            return True
 
         return self._database.write(work)
 
@@ -642,6 +665,19 @@ class Backfills:
         statement = select(*backfill_runs.c).order_by(backfill_runs.c.id.desc()).limit(limit)
         with self._database.read() as connection:
             return [run_of(row) for row in connection.execute(statement)]
+
+
+def _add(connection: Connection, run_id: str, planned: Mapping[bytes, NewFile]) -> int:
+    """Insert files with their targets, but for those whose path is there; return how many."""
+    statement = insert_or_leave(
+        connection, backfill_files, [backfill_files.c.run_id, backfill_files.c.path]
+    ).returning(backfill_files.c.id, backfill_files.c.path)
+    rows = [file_row(run_id, path, file) for path, file in planned.items()]
+    added = connection.execute(statement, rows).all()
+    targets = [target_row(row.id, target) for row in added for target in planned[row.path].targets]
+    if targets:
+        insert_many(connection, backfill_targets, targets)
+    return len(added)
 
 
 def _no_run(run_id: str) -> RunNotFound:

@@ -9,11 +9,12 @@ kombu 5.7.0 and redis-server 6.2 and 7.0.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import ssl
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import kombu
@@ -202,15 +203,40 @@ class Broker:
         with self._connected() as connection:
             channel = connection.default_channel
             names = [channel._q_for_pri(queue, step) for step in PRIORITY_STEPS]  # noqa: SLF001 -- the transport's own names
-            with channel.conn_or_acquire() as client, client.pipeline() as pipe:
-                for name in names:
-                    # kombu's client prefixes the keys of those commands alone that it uses itself.
-                    pipe.lrange(f"{self._settings.key_prefix}{name}", 0, -1)
-                lists: list[Sequence[bytes]] = [
-                    _of_list(elements, ()) for elements in pipe.execute(raise_on_error=False)
-                ]
-        elements = (element for waiting in lists for element in waiting)
-        return frozenset(job_id for job_id in map(_job_of, elements) if job_id is not None)
+            with channel.conn_or_acquire() as client:
+                return _named_in(client, [f"{self._settings.key_prefix}{name}" for name in names])
+
+    def keys(self, most: int) -> frozenset[str] | None:
+        """Return the names of keys in our Redis database, whoever's they are; None if this user may not look.
+
+        Args:
+            most: how many are looked at: a herd has a dozen, a shared database may have millions.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._connected() as connection, connection.default_channel.conn_or_acquire() as client:
+            try:
+                names = itertools.islice(client.scan_iter(count=1000), most)
+                return frozenset(name.decode(errors="replace") for name in names)
+            except NoPermissionError:
+                return None
+
+    def named_in(self, keys: Collection[str], most: int) -> frozenset[str] | None:
+        """Return the ids of jobs that messages of these keys name; None if this user may not look.
+
+        Args:
+            keys: as `keys` gives them; what is no list is passed over.
+            most: messages of each.
+
+        Raises:
+            BrokerUnavailable: Redis did not answer in time.
+        """
+        with self._connected() as connection, connection.default_channel.conn_or_acquire() as client:
+            try:
+                return _named_in(client, keys, most)
+            except NoPermissionError:
+                return None
 
     def request_cancel(self, job_id: str) -> None:
         """Tell all workers at once; the heartbeat would tell them too, a few seconds later.
@@ -221,15 +247,15 @@ class Broker:
         with self._connected() as connection:
             self._control.broadcast("cancel_job", arguments={"job_id": job_id}, connection=connection)
 
-    def announce(self, job_id: str) -> None:
-        """Say that a job has ended, to whoever listens.
+    def announce(self, *job_ids: str) -> None:
+        """Say that jobs have ended, to whoever listens.
 
         One thread at a time speaks, also for those who come meanwhile: they return at once.
 
         Raises:
             BrokerUnavailable: Redis did not answer in time.
         """
-        self._ended.append(job_id)
+        self._ended.extend(job_ids)
         # Looked at again after the release: who comes just before it leaves a word with nobody to say it.
         while self._ended and self._speaks.acquire(blocking=False):
             try:
@@ -249,10 +275,11 @@ class Broker:
                 if len(job_ids) == 1:
                     client.publish(DONE_CHANNEL, job_ids[0])
                     return
-                with client.pipeline(transaction=False) as pipe:
-                    for job_id in job_ids:
-                        pipe.publish(DONE_CHANNEL, job_id)
-                    pipe.execute()
+                for start in range(0, len(job_ids), BATCH):
+                    with client.pipeline(transaction=False) as pipe:
+                        for job_id in job_ids[start : start + BATCH]:
+                            pipe.publish(DONE_CHANNEL, job_id)
+                        pipe.execute()
 
     def endings(self) -> Endings:
         """Listen for ended jobs, from now until the listener is closed.
@@ -397,6 +424,19 @@ class Endings:
         with contextlib.suppress(RedisError, OSError):
             self._pubsub.close()
         self._connection.release()
+
+
+def _named_in(client: Any, keys: Collection[str], most: int | None = None) -> frozenset[str]:
+    """Return the ids of the jobs that the messages of lists name, `most` of each, or all."""
+    with client.pipeline() as pipe:
+        for key in keys:
+            # kombu's client prefixes the keys of those commands alone that it uses itself.
+            pipe.lrange(key, 0, -1 if most is None else most - 1)
+        lists: list[Sequence[bytes]] = [
+            _of_list(elements, ()) for elements in pipe.execute(raise_on_error=False)
+        ]
+    elements = (element for waiting in lists for element in waiting)
+    return frozenset(job_id for job_id in map(_job_of, elements) if job_id is not None)
 
 
 def _of_list(answer: Any, otherwise: T) -> T:

@@ -185,6 +185,8 @@ class Database:
                 with self._begin(fleeting) as connection:
                     return work(connection)
             except DatabaseUnavailable as err:
+                # Our statements lock several jobs by id (`row_locks`); left are two leases of one job whose
+                # ends met in a group, and rows that a caller's own transaction holds.
                 if not _asks_for_another_try(err.__cause__):
                     raise
         with self._begin(fleeting) as connection:

@@ -27,26 +27,36 @@ from sqlalchemy import (
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.lanes import owners_of, shares
+from codeherd_schema.row_locks import if_free
 from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.submissions import IN_LIST
-from codeherd_schema.tables import is_due, jobs, pauses, state_is
-
-
-def _is_unclaimed() -> ColumnElement[bool]:
-    return and_(state_is(JobState.QUEUED), jobs.c.published_at.is_not(None))
-
+from codeherd_schema.tables import is_due, is_due_by_id, jobs, pauses, state_is, unseen_state_is
 
 _OWE_AGAIN: Final = (
     update(jobs)
-    .where(jobs.c.id.in_(bindparam("these_jobs", expanding=True)), _is_unclaimed())
+    .where(
+        if_free(
+            jobs.c.id.in_(bindparam("these_jobs", expanding=True)),
+            unseen_state_is(JobState.QUEUED),
+            jobs.c.published_at.is_not(None),
+        )
+    )
     .values(published_at=None)
     .returning(jobs.c.id)
+)
+_OWE_NOT_SENT: Final = (
+    update(jobs)
+    .where(
+        jobs.c.id == bindparam("hinted_id"),
+        jobs.c.publish_no == bindparam("hinted_no"),
+        unseen_state_is(JobState.QUEUED),
+    )
+    .values(published_at=None)
 )
 #: The last of the priorities.
 LEAST_URGENT: Final = 9
 _MARK: Final = (
     update(jobs)
-    .where(is_due())
     .values(published_at=now(), publish_no=jobs.c.publish_no + 1)
     .returning(jobs.c.id, jobs.c.queue, jobs.c.kind, jobs.c.priority, jobs.c.publish_no)
 )
@@ -85,7 +95,9 @@ class Hints:
 
         def work(connection: Connection) -> list[Hint]:
             chosen = self._choose(connection, queue, limit, up_to)
-            return _marked(connection, jobs.c.id.in_(chosen), order=chosen) if chosen else []
+            # Locked by now, all of them.
+            wanted = and_(jobs.c.id.in_(chosen), is_due_by_id())
+            return _marked(connection, wanted, order=chosen) if chosen else []
 
         return self._database.write(work, fleeting=True)
 
@@ -122,27 +134,24 @@ class Hints:
 
         Used right after a submit or a release; the others are nobody's to publish, or another's.
         """
-        wanted = and_(jobs.c.id.in_(job_ids), jobs.c.published_at.is_(None))
+        wanted = if_free(jobs.c.id.in_(job_ids), is_due_by_id(), jobs.c.published_at.is_(None))
         return self._database.write(lambda connection: _marked(connection, wanted), fleeting=True)
 
     def unpublish(self, hints: Iterable[Hint]) -> None:
         """Owe these hints again at once: they could not be sent. A newer hint is left alone."""
-        statement = (
-            update(jobs)
-            .where(
-                jobs.c.id == bindparam("hinted_id"),
-                jobs.c.publish_no == bindparam("hinted_no"),
-                state_is(JobState.QUEUED),
-            )
-            .values(published_at=None)
-        )
-        rows = [{"hinted_id": hint.job_id, "hinted_no": hint.publish_no} for hint in hints]
+        rows = [
+            {"hinted_id": hint.job_id, "hinted_no": hint.publish_no}
+            # One statement each: by id, as all that wait for several jobs (`row_locks`).
+            for hint in sorted(hints, key=lambda hint: hint.job_id)
+        ]
         if rows:
-            self._database.write(lambda connection: connection.execute(statement, rows), fleeting=True)
+            self._database.write(lambda connection: connection.execute(_OWE_NOT_SENT, rows), fleeting=True)
 
     def unclaimed(self, queue: str) -> frozenset[str]:
         """Return the ids of the jobs of `queue` that wait although a hint was sent: a few windows at most."""
-        statement = select(jobs.c.id).where(_is_unclaimed(), jobs.c.queue == queue)
+        statement = select(jobs.c.id).where(
+            state_is(JobState.QUEUED), jobs.c.published_at.is_not(None), jobs.c.queue == queue
+        )
         with self._database.read() as connection:
             return frozenset(connection.scalars(statement))
 
@@ -215,7 +224,7 @@ def _stepped(connection: Connection, column: Column[Any], *conditions: ColumnEle
 
 
 def _marked(connection: Connection, wanted: ColumnElement[bool], order: Sequence[str] = ()) -> list[Hint]:
-    """Mark the due ones of the wanted jobs; return their hints in this order, else the first to run first."""
+    """Mark the wanted jobs and return their hints in this order, else the first to run first."""
     places = {job_id: place for place, job_id in enumerate(order)}
     rows = connection.execute(_MARK.where(wanted)).all()
     return [

@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, or_, 
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.leases import end_attempt
+from codeherd_schema.row_locks import if_free
 from codeherd_schema.states import JobState, Move, target
 from codeherd_schema.tables import jobs, state_is
 
@@ -38,6 +39,11 @@ class Reaped:
     buried: tuple[str, ...] = ()
     cancelled: tuple[str, ...] = ()
     expired: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> tuple[str, ...]:
+        """Those that came to a final state."""
+        return (*self.buried, *self.cancelled, *self.expired)
 
 
 class Janitor:
@@ -84,20 +90,21 @@ class Janitor:
 
         return self._database.write(work)
 
-    def expire_due(self) -> int:
-        """End every queued job that can no longer start or finish in its time; return how many."""
+    def expire_due(self) -> tuple[str, ...]:
+        """End every queued job that can no longer start or finish in its time; return their ids, in order."""
+        # The state in both halves: else SQLite does not find the two partial indexes.
+        is_late = or_(
+            and_(state_is(JobState.QUEUED), jobs.c.expires_at <= now()),
+            and_(state_is(JobState.QUEUED), jobs.c.deadline <= now()),
+        )
         statement = (
             update(jobs)
-            .where(
-                # The state in both halves: else SQLite does not find the two partial indexes.
-                or_(
-                    and_(state_is(JobState.QUEUED), jobs.c.expires_at <= now()),
-                    and_(state_is(JobState.QUEUED), jobs.c.deadline <= now()),
-                )
-            )
+            # Who is passed over is being claimed, cancelled or hinted at: the next call looks again.
+            .where(if_free(is_late))
             .values(state=target(Move.EXPIRE).value, finished_at=now())
+            .returning(jobs.c.id)
         )
-        return self._database.write(lambda connection: connection.execute(statement).rowcount)
+        return self._database.write(lambda connection: tuple(sorted(connection.scalars(statement))))
 
     def count_old(self, *, keep_s: float) -> int:
         """Return how many jobs `prune` would delete."""

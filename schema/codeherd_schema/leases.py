@@ -23,38 +23,23 @@ from sqlalchemy import (
     bindparam,
     false,
     insert,
-    literal_column,
     or_,
     select,
     update,
 )
 from sqlalchemy.sql.dml import ReturningUpdate
-from sqlalchemy.sql.visitors import replacement_traverse
 
 from codeherd_schema.database import Database, now
 from codeherd_schema.group_commit import GroupCommit
 from codeherd_schema.jobs import Job, instant, job_of, storable
 from codeherd_schema.requests import SCHEMA_VERSION, JobKind
 from codeherd_schema.results import Result
+from codeherd_schema.row_locks import in_turn
 from codeherd_schema.states import FINAL_STATES, JobState, Move, target
-from codeherd_schema.tables import attempts, is_due, jobs, results, state_is
+from codeherd_schema.tables import attempts, is_due_by_id, jobs, results
 
 #: Characters of an error message that are kept.
 MAX_MESSAGE: Final = 2_000
-
-
-def _is_due_by_id() -> ColumnElement[bool]:
-    """Return `is_due` for a job that is named by its id, with the state where no planner sees it.
-
-    PostgreSQL with old statistics takes an index of all queued jobs for smaller than one look at the key.
-    """
-    seen = state_is(JobState.QUEUED)
-    unseen = jobs.c.state.concat(literal_column("''")) == literal_column(f"'{JobState.QUEUED}'")
-
-    def replaced(element: ColumnElement[Any], **_: Any) -> ColumnElement[Any] | None:
-        return unseen if seen.compare(element) else None
-
-    return replacement_traverse(is_due(), {}, replaced)
 
 
 # Built once: to build these for each job costs as much again as to run them.
@@ -63,7 +48,7 @@ _CLAIM: Final = (
     # What a newer version submitted waits for a newer worker. Each kind by itself: the values of a list are
     # put into the text of the statement anew at each execution.
     .where(jobs.c.schema_version <= SCHEMA_VERSION, or_(*(jobs.c.kind == kind.value for kind in JobKind)))
-    .where(jobs.c.id == bindparam("this_job"), _is_due_by_id())
+    .where(jobs.c.id == bindparam("this_job"), is_due_by_id())
     .values(
         state=target(Move.CLAIM).value,
         attempt=jobs.c.attempt + 1,
@@ -77,11 +62,13 @@ _CLAIM: Final = (
 _HEARTBEAT: Final = (
     update(jobs)
     .where(
-        # A lease id is never given twice, so the pairs need not be compared as pairs.
-        jobs.c.id.in_(bindparam("these_jobs", expanding=True)),
-        # And only a running job has one (`ck_jobs_lease`): were the state named here, PostgreSQL with old
-        # statistics would read all running jobs instead of these.
-        jobs.c.lease_id.in_(bindparam("these_leases", expanding=True)),
+        in_turn(
+            # A lease id is never given twice, so the pairs need not be compared as pairs.
+            jobs.c.id.in_(bindparam("these_jobs", expanding=True)),
+            # And only a running job has one (`ck_jobs_lease`): were the state named here, PostgreSQL with old
+            # statistics would read all running jobs instead of these.
+            jobs.c.lease_id.in_(bindparam("these_leases", expanding=True)),
+        )
     )
     .values(lease_until=now() + bindparam("lease_s", type_=Double))
     .returning(
@@ -96,8 +83,10 @@ _HEARTBEAT: Final = (
 _SUCCEED_ALL: Final = (
     update(jobs)
     .where(
-        jobs.c.id.in_(bindparam("these_jobs", expanding=True)),
-        jobs.c.lease_id.in_(bindparam("these_leases", expanding=True)),
+        in_turn(
+            jobs.c.id.in_(bindparam("these_jobs", expanding=True)),
+            jobs.c.lease_id.in_(bindparam("these_leases", expanding=True)),
+        )
     )
     .values(state=target(Move.SUCCEED).value, lease_id=None, lease_until=None, finished_at=now())
     .returning(jobs.c.id, jobs.c.attempt, jobs.c.worker_id, jobs.c.started_at, now().label("now"))

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, and_, delete, select, update
 
 from codeherd_schema.database import Database, insert_or_leave, now
 from codeherd_schema.jobs import instant, storable
+from codeherd_schema.row_locks import in_turn
 from codeherd_schema.states import JobState, PauseScope
 from codeherd_schema.tables import jobs, paused_column, pauses, state_is
 
@@ -72,15 +73,10 @@ class Pauses:
             if connection.execute(delete(pauses).where(is_it)).rowcount == 0:
                 return False
             # Workers dropped the hints that came during the pause.
-            connection.execute(
-                update(jobs)
-                .where(
-                    state_is(JobState.QUEUED),
-                    paused_column(scope) == kept,
-                    jobs.c.published_at.is_not(None),
-                )
-                .values(published_at=None)
+            were_hinted = in_turn(
+                state_is(JobState.QUEUED), paused_column(scope) == kept, jobs.c.published_at.is_not(None)
             )
+            connection.execute(update(jobs).where(were_hinted).values(published_at=None))
             return True
 
         return self._database.write(work)

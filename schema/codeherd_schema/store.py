@@ -28,7 +28,15 @@ from codeherd_schema.requests import JobKind
 from codeherd_schema.results import Result
 from codeherd_schema.states import JobState, Move, sources, target
 from codeherd_schema.submissions import IN_LIST, MAX_ATTEMPTS, Submissions, Submitted, json_of_labels
-from codeherd_schema.tables import REVISION, attempts, jobs, results, revisions, state_is
+from codeherd_schema.tables import (
+    REVISION,
+    attempts,
+    jobs,
+    results,
+    revisions,
+    state_is,
+    unseen_state_is,
+)
 
 __all__ = [
     "Attempt",
@@ -138,7 +146,9 @@ class Store(Submissions, Leases, Janitor, Hints, Pauses):
                 job_id
                 for part in _parts(job_ids)
                 for job_id in connection.scalars(
-                    select(jobs.c.id).where(jobs.c.id.in_(part), state_is(JobState.QUEUED, JobState.RUNNING))
+                    select(jobs.c.id).where(
+                        jobs.c.id.in_(part), unseen_state_is(JobState.QUEUED, JobState.RUNNING)
+                    )
                 )
             }
 

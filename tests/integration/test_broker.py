@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from codeherd_schema.broker import CONNECTIONS, Broker
+from codeherd_schema.broker import BATCH, CONNECTIONS, Broker
 from codeherd_schema.errors import BrokerUnavailable
 from codeherd_schema.hints import Hint
 from codeherd_schema.requests import JobKind
 from codeherd_schema.settings import SharedSettings
-from tests.integration.redis_variants import OddRedisServer, messages
+from tests.integration.redis_variants import OddRedisServer, allow, messages
 from tests.services import RedisServer, free_port, wait_until
 
 QUEUE = "codeherd.tiny"
@@ -147,6 +147,18 @@ def test_endings_that_came_together_are_heard_together(broker: Broker) -> None:
         assert heard.wait(0.01) == frozenset()
 
 
+def test_many_endings_are_announced_at_once_and_none_needs_no_broker(broker: Broker) -> None:
+    job_ids = {f"job{n}" for n in range(2 * BATCH + 50)}
+    with broker.endings() as heard:
+        broker.announce(*job_ids)
+
+        news: set[str] = set()
+        while len(news) < len(job_ids):
+            news |= heard.wait(30)
+        assert news == job_ids
+    broker_at(f"redis://127.0.0.1:{free_port()}/0").announce()
+
+
 def test_a_cancel_request_reaches_every_worker_that_listens(
     broker: Broker, redis_server: RedisServer
 ) -> None:
@@ -206,6 +218,33 @@ def test_what_is_no_list_counts_as_none_and_other_refusals_are_told(
         client.acl_deluser("poor")
 
 
+def test_keys_and_the_jobs_that_their_messages_name_are_told_to_who_may_look(
+    broker: Broker, broker_url: str, redis_server: RedisServer
+) -> None:
+    broker.publish([hint(1), hint(2), hint(3, priority=9)])
+    odd, others = "codeherd:codeherd.odd", "others"
+    with redis.Redis(port=redis_server.port) as client:
+        client.set(odd, "no list")
+        client.rpush(others, b"\xff", b"{}")
+
+        keys = broker.keys(100)
+
+        assert keys is not None
+        assert {f"codeherd:{QUEUE}\x06\x169", odd, others} <= keys
+        assert broker.named_in(keys, 10) == frozenset({"job1", "job2", "job3"})
+        # The newest message of each list.
+        assert broker.named_in(keys, 1) == frozenset({"job2", "job3"})
+        assert broker.named_in([], 1) == frozenset()
+        assert len(broker.keys(2) or ()) == 2
+        rights = ("~*", "&*", "+@all", "-scan", "-lrange")
+        allow(redis_server, "blind", "word", *rights)
+        blind = broker_at(broker_url.replace("redis://", "redis://blind:word@"))
+        assert blind.keys(100) is None
+        assert blind.named_in(keys, 10) is None
+        blind.close()
+        client.acl_deluser("blind")
+
+
 CALLS: dict[str, Callable[[Broker], object]] = {
     "publish": lambda broker: broker.publish([hint(1)]),
     "waiting": lambda broker: broker.waiting(QUEUE),
@@ -215,6 +254,8 @@ CALLS: dict[str, Callable[[Broker], object]] = {
     "check": lambda broker: broker.check(),
     "workers": lambda broker: broker.workers(0.05),
     "hinted": lambda broker: broker.hinted(QUEUE),
+    "keys": lambda broker: broker.keys(10),
+    "named_in": lambda broker: broker.named_in(["list"], 10),
 }
 
 

@@ -102,13 +102,27 @@ def test_the_window_bounds_what_waits_in_redis(
     parts = Parts(database_url, broker_url, publish_window=10)
     hints = hints_of(parts, 50)
 
-    assert parts.dispatcher.run_once() == Tick(published=10, is_starved=True)
+    assert parts.dispatcher.run_once() == Tick(published=10, half_empty_in_s=0)
     assert parts.dispatcher.run_once() == Tick()
     taken = take(redis_server, 4)
-    assert parts.dispatcher.run_once() == Tick(published=4)
+    parts.clock.now += 1
+    # Four in a second: half of the ten in 1.25.
+    assert parts.dispatcher.run_once() == Tick(published=4, half_empty_in_s=1.25)
 
     assert taken == hints[:4]
     assert messages(redis_server) == hints[4:14]
+    parts.close()
+
+
+def test_nobody_hurries_when_there_is_no_more_to_publish(
+    database_url: str, broker_url: str, redis_server: RedisServer
+) -> None:
+    parts = Parts(database_url, broker_url, publish_window=10)
+    hints_of(parts, 12)
+
+    assert parts.dispatcher.run_once() == Tick(published=10, half_empty_in_s=0)
+    take(redis_server, 8)
+    assert parts.dispatcher.run_once() == Tick(published=2)
     parts.close()
 
 
@@ -239,6 +253,55 @@ def test_hints_that_somebody_took_and_did_not_claim_come_back_while_others_wait(
     assert parts.find_lost() == Tick()
 
 
+def pause_until_sent(parts: Parts) -> float:
+    """Look again and again until hints are sent; return the seconds until then."""
+    began = parts.clock.now
+    for _ in range(100):
+        if parts.dispatcher.run_once().published:
+            return parts.clock.now - began
+        parts.clock.now += parts.settings.republish_after_s / 2
+    raise TimeoutError("no hint was ever sent")
+
+
+def test_a_hint_that_is_taken_again_and_again_and_never_claimed_is_sent_less_and_less_often(
+    parts: Parts, redis_server: RedisServer
+) -> None:
+    [hint] = hints_of(parts, 1)
+    parts.dispatcher.run_once()
+    pauses_s, taken = [], []
+
+    for _ in range(5):
+        taken += take(redis_server, 1)
+        pauses_s.append(pause_until_sent(parts))
+
+    assert pauses_s == [parts.settings.republish_after_s * times for times in (1, 2, 4, 8, 8)]
+    assert taken == [hint.replace(".1", f".{number}") for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("how", ["another job is claimed", "its hint waits in Redis"])
+def test_a_hint_is_sent_again_as_soon_as_ever_once_a_worker_may_be_free(
+    parts: Parts, redis_server: RedisServer, how: str
+) -> None:
+    hints_of(parts, 1)
+    parts.dispatcher.run_once()
+    take(redis_server, 1)
+    pause_until_sent(parts)
+    take(redis_server, 1)
+    assert pause_until_sent(parts) == 2 * parts.settings.republish_after_s
+
+    if how == "another job is claimed":
+        take(redis_server, 1)
+        [other] = hints_of(parts, 1)
+        assert parts.dispatcher.run_once() == Tick(published=1)
+        assert take(redis_server, 1) == [other]
+        claim(parts.store, other.partition(".")[0])
+    else:
+        assert parts.dispatcher.run_once() == Tick()
+        take(redis_server, 1)
+
+    assert pause_until_sent(parts) == parts.settings.republish_after_s
+
+
 def test_hints_that_are_claimed_between_two_looks_are_not_lost(
     parts: Parts, redis_server: RedisServer
 ) -> None:
@@ -363,6 +426,58 @@ def test_a_job_that_is_too_late_is_expired(parts: Parts) -> None:
 
     wait_until(is_expired, "the job to expire")
     assert job.state is JobState.EXPIRED
+
+
+def test_whoever_waits_hears_of_jobs_that_expired_or_were_buried(database_url: str, broker_url: str) -> None:
+    parts = Parts(database_url, broker_url, max_crashes=2)
+    jobs = parts.client.submit_many(requests(6))
+    unstarted, late, buried, cancelled, queued_again, _waiting = (job.id for job in jobs)
+    rewrite(database_url, unstarted, expires_at=1.0)
+    for job_id in (late, buried, cancelled, queued_again):
+        claim(parts.store, job_id, lease_s=-1.0)
+    rewrite(database_url, late, deadline=1.0)
+    rewrite(database_url, buried, crash_count=1)
+    parts.store.request_cancel(cancelled)
+
+    with parts.broker.endings() as heard:
+        tick = parts.dispatcher.run_once()
+
+        # Heard after all that was said before.
+        parts.broker.announce("last")
+        news: set[str] = set()
+        while "last" not in news:
+            news |= heard.wait(30)
+
+    assert tick == Tick(published=2, reaped=1, buried=1, expired=2)
+    assert news == {unstarted, late, buried, cancelled, "last"}
+    parts.close()
+
+
+# A wait that is not told of the end lasts until its next look, and the test's time is over.
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("end", [JobState.EXPIRED, JobState.DEAD])
+def test_a_wait_for_a_job_that_the_dispatcher_ends_needs_no_poll(
+    database_url: str, broker_url: str, redis_server: RedisServer, end: JobState
+) -> None:
+    parts = Parts(database_url, broker_url, max_crashes=1, poll_interval_s=60)
+    with (
+        Client(parts.settings) as client,
+        ThreadPoolExecutor(1) as pool,
+        redis.Redis(port=redis_server.port) as plain,
+    ):
+        job = client.submit(GenerateRequest(prompt="x"))
+        waiting = pool.submit(job.wait, 60)
+        wait_until(lambda: plain.pubsub_numsub("codeherd:done")[0][1] == 1, "the client to listen")
+        if end is JobState.DEAD:
+            claim(parts.store, job.id, lease_s=-1.0)
+        else:
+            rewrite(database_url, job.id, expires_at=1.0)
+
+        parts.dispatcher.run_once()
+
+        waiting.result()
+        assert job.state is end
+    parts.close()
 
 
 def test_reaps_keep_their_interval(parts: Parts) -> None:

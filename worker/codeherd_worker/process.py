@@ -124,7 +124,7 @@ class WorkerProcess:
             max_crashes=settings.max_crashes,
         )
         heartbeat = Heartbeat(store, self.running, lease_s=settings.lease_s)
-        rescuer = Rescuer(store, max_crashes=settings.max_crashes)
+        rescuer = Rescuer(store, broker, max_crashes=settings.max_crashes)
         watchdog = Watchdog(
             engine, step_timeout_s=settings.worker_step_timeout_s, on_broken=self._engine_broke
         )

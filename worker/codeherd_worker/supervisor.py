@@ -1,4 +1,4 @@
-"""Keep one process per device group alive, and stop them all in good order.
+"""Keep one process per device group alive unless it was told to stop, and stop them all in good order.
 
 Owns: spawning, restarting with back-off, passing on signals. Does not load models and never imports
 torch: a launcher that touches CUDA would take memory on every GPU.
@@ -38,10 +38,12 @@ class _Child:
     started_at: float = 0.0
     backoff_s: float = FIRST_BACKOFF_S
     restart_at: float = field(default=0.0)
+    #: It was told to stop and did, and so stays down.
+    is_done: bool = False
 
 
 class Supervisor:
-    """Runs the worker processes until told to stop or until one can never start."""
+    """Runs the worker processes until told to stop, until all of them were, or until one can never start."""
 
     def __init__(
         self, groups: Sequence[DeviceGroup], *, environment: Mapping[str, str], module: str = WORKER_MODULE
@@ -59,13 +61,17 @@ class Supervisor:
         self._stops: list[int] = []
 
     def run(self) -> int:
-        """Run until stopped; return the exit status: 0 after a stop, else the hopeless child's."""
+        """Run until stopped; return the exit status: 0 after a stop, else the hopeless child's.
+
+        A worker may be told to stop past the launcher, by a signal of its own or by Celery's remote control
+        (a button in Flower): it stays down, and with the last one the launcher ends.
+        """
         wakeup = self._listen()
         status = 0
-        while not self._stops and status == 0:
+        while not self._stops and status == 0 and not all(child.is_done for child in self._children):
             now = time.monotonic()
             for child in self._children:
-                if child.process is None and now >= child.restart_at:
+                if child.process is None and not child.is_done and now >= child.restart_at:
                     self._spawn(child)
             self._wait(wakeup, self._next_restart(now))
             status = self._reap()
@@ -101,6 +107,11 @@ class Supervisor:
             child.process = None
             if status == CONFIGURATION_STATUS:
                 return status
+            if status == 0:
+                # A worker ends well only when it was told to, whoever told it.
+                child.is_done = True
+                logger.info("worker_stopped name=%s lived_s=%.1f", child.group.name, lived_s)
+                continue
             if lived_s >= HEALTHY_S:
                 child.backoff_s = FIRST_BACKOFF_S
             if self._stops:
@@ -128,7 +139,7 @@ class Supervisor:
                 self._wait(wakeup, None)
 
     def _next_restart(self, now: float) -> float | None:
-        waits = [child.restart_at - now for child in self._children if child.process is None]
+        waits = [c.restart_at - now for c in self._children if c.process is None and not c.is_done]
         return max(0.0, min(waits)) if waits else None
 
     @staticmethod

@@ -42,6 +42,8 @@ from codeherd_schema.tables import (
 from tests.samples import a_request, delete_all_jobs, opened, texts
 
 SHA = "0" * 64
+#: Of the code of some target.
+CODE = "c" * 64
 #: Every table of a run.
 TABLES = (backfill_runs, backfill_files, backfill_targets, backfill_questions, backfill_candidates)
 
@@ -63,7 +65,9 @@ def run(backfills: Backfills) -> Run:
 
 def a_file(path: str = "a.py", *names: str, **fields: Any) -> NewFile:
     """A planned file with a target of each name."""
-    targets = (NewTarget(place, name, 0, 10 * place + 1, "function") for place, name in enumerate(names))
+    targets = (
+        NewTarget(place, name, 0, 10 * place + 1, "function", CODE) for place, name in enumerate(names)
+    )
     return NewFile(path, SHA, encoding="utf-8", targets=tuple(targets), **fields)
 
 
@@ -202,6 +206,29 @@ def test_a_run_that_is_said_to_be_done_twice_ended_the_first_time(
     assert finished_at.timestamp() == 1.0
 
 
+def test_a_run_that_is_done_keeps_its_end_when_it_is_taken_up_again_and_one_that_stopped_does_not(
+    backfills: Backfills, run: Run, database_url: str
+) -> None:
+    def ended_at(*states: RunState) -> float | None:
+        """When the run ended that came to these states after it had ended at second 1."""
+        with opened(database_url) as database, database.begin() as connection:
+            connection.execute(backfill_runs.update().values(finished_at=1.0))
+        for state in states:
+            backfills.set_state(run.id, state)
+        finished_at = backfills.get(run.id).finished_at
+        return None if finished_at is None else finished_at.timestamp()
+
+    done, running, stopped = RunState.DONE, RunState.RUNNING, RunState.STOPPED
+    backfills.set_state(run.id, done)
+
+    assert ended_at(running, done) == 1.0
+    assert ended_at(running, running, done, running, done) == 1.0
+    # A budget or somebody ended it now.
+    assert (ended_at(running, stopped) or 0) > 1.0
+    assert ended_at(running) is None
+    assert (ended_at(stopped, running, done) or 0) > 1.0
+
+
 def test_a_run_that_does_not_exist_is_said_so(backfills: Backfills) -> None:
     calls: list[Callable[[], object]] = [
         lambda: backfills.get("nope"),
@@ -256,8 +283,8 @@ def test_ids_of_a_deleted_run_are_not_given_again(backfills: Backfills, run: Run
 
 def test_a_planned_file_is_read_back_with_its_targets_in_order(backfills: Backfills, run: Run) -> None:
     targets = (
-        NewTarget(place=7, name="A.f", twin=1, line=30, kind="method"),
-        NewTarget(place=2, name="", twin=0, line=1, kind="module"),
+        NewTarget(place=7, name="A.f", twin=1, line=30, kind="method", code_sha256=SHA),
+        NewTarget(place=2, name="", twin=0, line=1, kind="module", code_sha256=CODE),
     )
     planned = NewFile(
         "pkg/a.py", SHA, encoding="latin-1", documented=3, passed_over={"private": 2}, targets=targets
@@ -292,6 +319,7 @@ def test_a_planned_file_is_read_back_with_its_targets_in_order(backfills: Backfi
         twin=1,
         line=30,
         kind="method",
+        code_sha256=SHA,
         state=TargetState.OPEN,
         text=None,
         reason=None,
@@ -406,6 +434,69 @@ def test_files_of_several_states_come_in_one_order(backfills: Backfills, run: Ru
     assert paths(backfills.files(run.id, states=open_or_done, after="1.py", limit=2)) == ["2.py", "3.py"]
     assert paths(backfills.files(run.id, states=[FileState.PLANNED])) == ["1.py", "3.py", "5.py"]
     assert paths(backfills.files(run.id, states=[FileState.SKIPPED, FileState.SKIPPED])) == ["3a.py"]
+
+
+# Planning anew.
+
+
+def test_a_file_of_which_nothing_was_asked_can_be_planned_anew(
+    backfills: Backfills, run: Run, database_url: str
+) -> None:
+    file, [target, _] = added(backfills, run, "a.py", "f", "g")
+    added(backfills, run, "b.py", "h")
+    # Judged without a question.
+    settle(backfills, file, Verdict(target.id, TargetState.REJECTED, reason="too long"))
+
+    assert backfills.replan(file, a_file("a.py", "x", "y", "z", documented=4)) is True
+
+    anew = again(backfills, file)
+    assert anew.id > file.id
+    assert (anew.state, anew.documented, anew.targets, anew.rejected) == (FileState.PLANNED, 4, 3, 0)
+    assert [target.name for target in backfills.targets(anew.id)] == ["x", "y", "z"]
+    assert row_counts(database_url)[:3] == [1, 2, 4]
+    assert backfills.replan(anew, a_file("a.py", documented=7)) is True
+    assert again(backfills, file).state is FileState.DONE
+
+
+def test_who_works_by_an_old_plan_changes_nothing(backfills: Backfills, store: Store, run: Run) -> None:
+    file, targets = added(backfills, run, "a.py", "f")
+    backfills.replan(file, a_file("a.py", "g"))
+    anew = again(backfills, file)
+
+    assert backfills.replan(file, a_file("a.py", "h")) is False
+    assert (
+        settle(backfills, file, Verdict(targets[0].id, TargetState.REJECTED), state=FileState.DONE) is False
+    )
+    assert ask(backfills, file, 0, targets, submitted(store)) is False
+    assert backfills.set_file_state(file.id, FileState.CHANGED) is False
+
+    assert again(backfills, file) == anew
+    assert [target.state for target in backfills.targets(anew.id)] == [TargetState.OPEN]
+
+
+def test_what_was_asked_is_not_planned_anew(backfills: Backfills, store: Store, run: Run) -> None:
+    file, targets, _ = asked(backfills, store, run)
+    done, _ = added(backfills, run, "b.py")
+
+    # As it was read before somebody asked.
+    assert backfills.replan(file, a_file("a.py", "g")) is False
+    assert backfills.replan(done, a_file("b.py", "g")) is False
+    with pytest.raises(ValueError, match=r"`b\.py` is none of `a\.py`"):
+        backfills.replan(file, a_file("b.py"))
+
+    assert backfills.targets(file.id) == targets
+    assert again(backfills, file) == file
+
+
+def test_a_file_is_planned_anew_once_however_many_do_it(
+    backfills: Backfills, run: Run, database_url: str
+) -> None:
+    file, _ = added(backfills, run, "a.py", "f")
+
+    taken = at_once(4, lambda number: backfills.replan(file, a_file("a.py", "g", "h")))
+
+    assert sorted(map(bool, taken)) == [False, False, False, True]
+    assert row_counts(database_url)[:3] == [1, 1, 2]
 
 
 # Asking.

@@ -115,8 +115,8 @@ def test_jobs_that_are_too_late_expire(store: Store, database_url: str) -> None:
     rewrite(database_url, unstarted, expires_at=1.0)
     rewrite(database_url, late, deadline=1.0)
 
-    assert store.expire_due() == 2
-    assert store.expire_due() == 0
+    assert store.expire_due() == (unstarted, late)
+    assert store.expire_due() == ()
 
     jobs = store.get_many([never, later, unstarted, late])
     assert [jobs[job_id].state for job_id in (never, later, unstarted, late)] == [

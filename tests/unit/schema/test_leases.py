@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from codeherd_schema.leases import _claim_of, _result_row
+from codeherd_schema.leases import _result_row
 from codeherd_schema.requests import SCHEMA_VERSION
 from codeherd_schema.states import JobState, Move
 from codeherd_schema.store import Beat, Claim, Commit, Job, Store
@@ -341,23 +341,6 @@ def test_a_claim_that_nobody_can_have_undoes_the_common_end(store: Store) -> Non
         store._succeed_together(ends)
 
     assert {get(store, c.job.id).state for c in (one, two)} == {JobState.RUNNING}
-
-
-def test_a_claim_looks_at_one_row_though_the_statistics_are_old(store: Store, database_url: str) -> None:
-    store.submit([a_request() for _ in range(300)])
-    [hint] = store.due("tiny", limit=1)
-    statement = _claim_of(("tiny",))
-    values = {"this_job": hint.job_id, "new_lease": "l", "lease_s": 1.0, "this_worker": "w"}
-    verb = "EXPLAIN QUERY PLAN" if store._database.dialect == "sqlite" else "EXPLAIN"
-
-    with store._database.begin() as connection:
-        compiled = statement.compile(connection)
-        named = compiled.construct_params(values)
-        given = tuple(named[name] for name in compiled.positiontup or ()) or named
-        plan = str(connection.exec_driver_sql(f"{verb} {compiled}", given).all())
-
-    assert "jobs_pkey" in plan or "sqlite_autoindex_jobs_1 (id=?)" in plan
-    assert "ix_jobs" not in plan
 
 
 # Races.

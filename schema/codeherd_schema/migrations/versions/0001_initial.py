@@ -127,7 +127,8 @@ def upgrade() -> None:
             "state IN ('planning', 'running', 'done', 'stopped')", name="ck_backfill_runs_state"
         ),
         sql.CheckConstraint(
-            "(state IN ('done', 'stopped')) = (finished_at IS NOT NULL)", name="ck_backfill_runs_finished"
+            "state = 'running' OR (state IN ('done', 'stopped')) = (finished_at IS NOT NULL)",
+            name="ck_backfill_runs_finished",
         ),
     )
 
@@ -168,6 +169,7 @@ def upgrade() -> None:
         sql.Column("twin", sql.Integer, nullable=False),
         sql.Column("line", sql.Integer, nullable=False),
         sql.Column("kind", sql.String(16), nullable=False),
+        sql.Column("code_sha256", sql.String(64), nullable=False),
         sql.Column("state", sql.String(16), nullable=False),
         sql.Column("text", sql.Text),
         sql.Column("reason", sql.Text),
