@@ -223,6 +223,14 @@ none is renamed or removed.
 | `status` | `{{"schema", "jobs": [job and "attempts": [attempt]]}}` |
 | `cancel`, `retry` | `{{"schema", "jobs": [{{"id", "state"}}]}}` |
 | `prompt` | `{{"schema", "model", "kind", "prompt_tokens", "token_ids", "pieces", "text", …}}` |
+| `backfill docstrings`, `backfill resume` | `{{"schema", "run"}}` |
+| `backfill docstrings --dry-run` | `plan and "schema"` |
+| `backfill check`, `backfill docstrings --check` | `coverage and "schema"` |
+| `backfill runs` | `{{"schema", "runs": [run]}}` |
+| `backfill status` | `progress and "schema"` |
+| `backfill show` | `{{"schema", "symbols": [symbol]}}` |
+| `backfill report --format json` | `report and "schema"` |
+| `backfill eval` | `{{"schema", "evaluation"}}` |
 | `models` | `{{"schema", "models": [model]}}` |
 | `doctor` | `{{"schema", "findings": [{{"part", "verdict", "message", "hint"}}]}}` |
 | `health` | `{{"schema", "service", "aspect", "ok", "faults", "facts"}}` |
@@ -232,10 +240,33 @@ none is renamed or removed.
 
 A job is `{{"id", "kind", "model", "state", "priority", "attempt", "max_attempts", "crash_count", "worker",
 "run_at", "expires_at", "deadline", "created_at", "started_at", "finished_at", "batch_id",
-"idempotency_key", "labels", "error"}}`, an attempt `{{"attempt", "worker", "started_at", "ended_at",
-"outcome", "error"}}`, an error `{{"code", "message"}}` or null, a model `{{"name", "source", "parameters",
-"context_window", "kv_bytes_per_token", "kinds", "chat"}}`. Times are ISO 8601 in UTC, or null. A result is
-`Result` of `codeherd_schema/results.py`.
+"idempotency_key", "labels": {{name: value}}, "error"}}`, an attempt `{{"attempt", "worker", "started_at",
+"ended_at", "outcome", "error"}}`, an error `{{"code", "message"}}` or null, a model `{{"name", "source",
+"parameters", "context_window", "kv_bytes_per_token", "kinds", "chat"}}`. Times are ISO 8601 in UTC, or null.
+A result is `Result` of `codeherd_schema/results.py`.
+
+Those of a backfill are made of these:
+
+```text
+run         {{"id", "state", "folder", "model", "created_at", "finished_at", "files": {{state: count}},
+             "symbols": {{state: count}}, "documented", "questions": {{"asked", "answered"}}, "tokens"}}
+plan        {{"files", "targets", "left_files": {{reason: count}}, "passed_over": {{reason: count}}}}
+progress    {{"run", "rejected": {{reason: count}}, "passed_over": {{reason: count}},
+             "skipped_files": {{reason: count}},
+             "files_asked": [{{"path", "targets", "accepted", "rejected"}}]}}
+symbol      {{"path", "name", "line", "state", "reason", "text", "candidates": [candidate]}}
+candidate   {{"exchange", "text", "seed", "tokens", "reason", "scores": {{part: score}}}}
+report      {{"run", "model", "version", "repository", "revision", "counts": {{status: count}},
+             "reasons": {{reason: count}}, "left_for_a_human": [{{"path", "line", "name", "reason"}}],
+             "symbols": [{{"path", "line", "name", "kind", "status", "reason", "score", "text"}}]}}
+coverage    {{"total", "covered", "percent", "min", "ratchet", "met",
+             "files": [{{"path", "total", "covered"}}], "skipped": [{{"path", "reason"}}]}}
+evaluation  {{"cases", "files", "model", "form", "convention", "seed", "new_only", "documented",
+             "passed_over": {{reason: count}}, "unread_files", "scores": {{row: {{measure: interval}}}},
+             "leads": {{row: {{measure: interval}}}}, "rejected": {{reason: count}}, "tokens", "seconds",
+             "notes"}}
+interval    {{"value", "low", "high"}}, or null
+```
 
 ## Commands
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Final
 
 from codeherd_producer.backfill.git import Git, GitFailed
 from codeherd_producer.backfill.patches import quoted
 from codeherd_producer.backfill.worktree import Worktree, delete_branch, worktree
+
+#: Owners that a title names.
+_NAMED: Final = 3
 
 
 class Grouping(StrEnum):
@@ -24,6 +28,7 @@ class Grouping(StrEnum):
 
     FILE = "per-file"
     FOLDER = "per-dir"
+    OWNER = "per-owner"
     SINGLE = "single"
 
 
@@ -62,26 +67,38 @@ class Made:
 
 
 def grouped(
-    gains: Mapping[str, int], by: Grouping, *, most_files: int | None = None, most_lines: int | None = None
+    gains: Mapping[str, int],
+    by: Grouping,
+    *,
+    owners_of: Callable[[str], tuple[str, ...]] = lambda _: (),
+    most_files: int | None = None,
+    most_lines: int | None = None,
 ) -> list[Group]:
     """Say which files are committed together, in order of their paths.
 
     Args:
         gains: the lines that each path gains.
         by: what shares a commit, as far as the limits let it.
+        owners_of: who owns a path, for `Grouping.OWNER`; see `owners.Owners.of`.
         most_files: in one commit.
         most_lines: gained in one commit; a file that gains more has one of its own.
     """
-    together: dict[str, list[str]] = {}
+    key_of: dict[Grouping, Callable[[str], Hashable]] = {
+        Grouping.FILE: lambda path: path,
+        Grouping.FOLDER: posixpath.dirname,
+        Grouping.OWNER: owners_of,
+        Grouping.SINGLE: lambda _: None,
+    }
+    together: dict[Hashable, list[str]] = {}
     for path in sorted(gains, key=os.fsencode):
-        key = {Grouping.FILE: path, Grouping.FOLDER: posixpath.dirname(path), Grouping.SINGLE: ""}[by]
-        together.setdefault(key, []).append(path)
+        together.setdefault(key_of[by](path), []).append(path)
     groups = []
-    for key, paths in together.items():
+    for paths in together.values():
+        title = _title(by, paths[0], owners_of)
         parts = list(_parts(paths, gains, most_files, most_lines))
         for number, part in enumerate(parts, 1):
             which = f" ({number} of {len(parts)})" if len(parts) > 1 else ""
-            groups.append(Group(_title(by, key) + which, tuple(part)))
+            groups.append(Group(title + which, tuple(part)))
     return groups
 
 
@@ -231,15 +248,25 @@ def _parts(
     yield part
 
 
-def _title(by: Grouping, key: str) -> str:
-    if by is Grouping.SINGLE:
-        return "Add docstrings"
-    where = _shown(key) if by is Grouping.FILE else f"{_shown(key) or '.'}/"
-    return f"Add docstrings to {where}"
+def _title(by: Grouping, path: str, owners_of: Callable[[str], tuple[str, ...]]) -> str:
+    """Return the first line of a commit, as any of its files tells it."""
+    match by:
+        case Grouping.FILE:
+            return f"Add docstrings to {_shown(path)}"
+        case Grouping.FOLDER:
+            return f"Add docstrings to {_shown(posixpath.dirname(path)) or '.'}/"
+        case Grouping.OWNER:
+            owners = [_shown(one) for one in owners_of(path)]
+            if not owners:
+                return "Add docstrings to files without an owner"
+            more = [f"and {_counted(len(owners) - _NAMED, 'other')}"] if len(owners) > _NAMED else []
+            return " ".join(["Add docstrings for", ", ".join(owners[:_NAMED]), *more])
+        case Grouping.SINGLE:
+            return "Add docstrings"
 
 
 def _shown(path: str) -> str:
-    """Return a path that is one line of text."""
+    """Return a path or a name as one line of text."""
     return path if path.isprintable() else quoted(os.fsencode(path)).decode()
 
 

@@ -1,8 +1,9 @@
 """Count which modules, classes and functions have a docstring; the numbers are interrogate's (1.7.0).
 
 Owns: what counts under each of interrogate's flags, its oddities too, and which files are counted. Takes
-symbols from `scanner`; a file that cannot be read is listed with the reason and ends nothing. Does not know
-what a backfill would write (`selection`): the two rules differ on purpose. Only `.py` files are counted.
+symbols from `scanner`, which another interpreter runs on files that this one cannot parse, if one is lent; a
+file that cannot be read is listed with the reason and ends nothing. Does not know what a backfill would write
+(`selection`): the two rules differ on purpose. Only `.py` files are counted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from re import Pattern
 from typing import Literal
 
-from codeherd_producer.backfill.scanner import Scan, Symbol, Unreadable, scan
+from codeherd_producer.backfill.interpreters import Interpreter, scanned
+from codeherd_producer.backfill.scanner import Scan, Symbol, Unreadable
 
 #: Left out right below the folder that is measured, and everything there whose name begins so.
 COMMON_EXCLUDE = (".tox", ".venv", "venv", ".git", ".hg")
@@ -105,16 +107,21 @@ class Coverage(Count):
     skipped: tuple[SkippedFile, ...]
 
 
-def measure(root: Path, ignoring: Ignored) -> Coverage:
+def measure(root: Path, ignoring: Ignored, other: Interpreter | None = None) -> Coverage:
     """Count the docstrings below a folder, or in one file, which no rule then leaves out.
 
     One file is in memory at a time; what stays is three numbers and a path for each.
+
+    Args:
+        root: the folder, or the file.
+        ignoring: what does not count.
+        other: reads what this interpreter cannot parse; the numbers are those of interrogate there.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
     files, skipped = [], []
-    for one in measured(root, ignoring):
+    for one in measured(root, ignoring, other):
         if isinstance(one, SkippedFile):
             skipped.append(one)
         else:
@@ -124,7 +131,9 @@ def measure(root: Path, ignoring: Ignored) -> Coverage:
     )
 
 
-def measured(root: Path, ignoring: Ignored) -> Iterator[FileCount | SkippedFile]:
+def measured(
+    root: Path, ignoring: Ignored, other: Interpreter | None = None
+) -> Iterator[FileCount | SkippedFile]:
     """Yield the files below a folder one by one, in the order of a sorted walk.
 
     Raises:
@@ -137,7 +146,7 @@ def measured(root: Path, ignoring: Ignored) -> Iterator[FileCount | SkippedFile]
             continue
         inner = path.name if path == top else path.relative_to(top).as_posix()
         try:
-            counted = of_file(_read(path), ignoring)
+            counted = of_file(_read(path, other), ignoring)
         except Unreadable as err:
             yield SkippedFile(inner, str(err))
         except OSError as err:
@@ -211,11 +220,11 @@ def _walked(top: Path, ignoring: Ignored) -> Iterator[Path | SkippedFile]:
         yield SkippedFile(Path(err.filename).relative_to(top).as_posix(), f"cannot be read: {err.strerror}")
 
 
-def _read(path: Path) -> Scan:
+def _read(path: Path, other: Interpreter | None) -> Scan:
     # A pipe of that name would be waited on for ever.
     if not stat.S_ISREG(path.stat().st_mode):
         raise Unreadable("no ordinary file")
-    return scan(path.read_bytes())
+    return scanned(path.read_bytes(), other)
 
 
 @dataclass(eq=False, slots=True)
@@ -299,7 +308,11 @@ def _attribute(decorator: str) -> str | None:
     """Return `b` of `a.b`, whatever `a` is; None for other expressions, such as `a or c.b`."""
     if not decorator.endswith((".setter", ".deleter")):
         return None
-    expression = ast.parse(decorator, mode="eval").body
+    try:
+        expression = ast.parse(decorator, mode="eval").body
+    except SyntaxError:
+        # Of the other interpreter's syntax. What it has more of goes into brackets and strings: no operator.
+        return decorator.rpartition(".")[2]
     return expression.attr if isinstance(expression, ast.Attribute) else None
 
 

@@ -39,8 +39,9 @@ from codeherd_producer.backfill.context import QUOTES, FileContext, HeaderTooLon
 from codeherd_producer.backfill.dialog import Answer, Policy, move
 from codeherd_producer.backfill.dialog import Ask as FirstAsk
 from codeherd_producer.backfill.files import FileReason, find
+from codeherd_producer.backfill.interpreters import Interpreter, scanned
 from codeherd_producer.backfill.metrics import Column, Interval
-from codeherd_producer.backfill.scanner import Scan, Symbol, Unreadable, scan
+from codeherd_producer.backfill.scanner import Scan, Symbol, Unreadable
 from codeherd_producer.backfill.selection import Selection, decided, is_generated, is_skipped
 from codeherd_schema.errors import InvalidRequest
 from codeherd_schema.requests import InfillRequest, Overflow, Sampling
@@ -173,6 +174,7 @@ def sampled(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     new_since: Path | None = None,
+    other: Interpreter | None = None,
 ) -> Sample:
     """Choose at most `count` docstrings below a folder.
 
@@ -188,6 +190,7 @@ def sampled(
         exclude: likewise.
         new_since: a folder with an older version. Docstrings whose first paragraph stands in any docstring
             there are left out.
+        other: reads what this interpreter cannot parse.
 
     Raises:
         InvalidRequest: `count` is not positive, or there is no Python below `new_since`.
@@ -196,10 +199,10 @@ def sampled(
         raise InvalidRequest(f"a sample of {count} docstrings has nothing to tell")
     wanted = selection or Selection()
     passed_over: Counter[str] = Counter()
-    known, unread = (frozenset(), 0) if new_since is None else _known(new_since)
+    known, unread = (frozenset(), 0) if new_since is None else _known(new_since, other)
     documented = 0
     found: list[tuple[bytes, Place]] = []
-    for path, is_test, one in _scans(root, include, exclude):
+    for path, is_test, one in _scans(root, include, exclude, other):
         if one is None:
             unread += 1
             continue
@@ -217,7 +220,7 @@ def sampled(
 
 
 def _scans(
-    root: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    root: Path, include: Sequence[str], exclude: Sequence[str], other: Interpreter | None
 ) -> Iterator[tuple[str, bool, Scan | None]]:
     """Yield every file's path, whether it is a test, and its scan; None for what cannot be read."""
     for file in find(root, include=include, exclude=exclude, allow_dirty=True):
@@ -226,7 +229,7 @@ def _scans(
         if file.reason is not None:
             continue
         try:
-            one = scan((root / file.path).read_bytes())
+            one = scanned((root / file.path).read_bytes(), other)
         except (OSError, Unreadable):
             yield file.path, file.is_test, None
             continue
@@ -256,7 +259,7 @@ def _decided(
             yield symbol, None if _has_own_lines(one, symbol) else NOT_REMOVABLE
 
 
-def _known(folder: Path) -> tuple[frozenset[bytes], int]:
+def _known(folder: Path, other: Interpreter | None) -> tuple[frozenset[bytes], int]:
     """Return digests of all first paragraphs below a folder, and how many files could not be read."""
     found: set[bytes] = set()
     unread = 0
@@ -266,7 +269,7 @@ def _known(folder: Path) -> tuple[frozenset[bytes], int]:
         raise InvalidRequest(f"there are no Python files below `{folder}`, so everything would seem new")
     for path in paths:
         try:
-            symbols = scan(path.read_bytes()).symbols
+            symbols = scanned(path.read_bytes(), other).symbols
         except (OSError, Unreadable):
             unread += 1
             continue
@@ -288,7 +291,7 @@ def _drawn(place: Place, seed: int) -> bytes:
 # The text without a docstring
 
 
-def cases(root: Path, sample: Sample, *, budget: int) -> Iterator[Case]:
+def cases(root: Path, sample: Sample, *, budget: int, other: Interpreter | None = None) -> Iterator[Case]:
     """Yield the sample's docstrings as cases, file by file.
 
     A file that changed since, and a symbol whose header leaves no room for a hole, have no case.
@@ -297,13 +300,14 @@ def cases(root: Path, sample: Sample, *, budget: int) -> Iterator[Case]:
         root: the folder that the sample is from.
         sample: what `sampled` chose.
         budget: most characters of prefix and suffix together.
+        other: the one that `sampled` was given.
     """
     by_path: dict[str, list[Place]] = {}
     for place in sample.places:
         by_path.setdefault(place.path, []).append(place)
     for path, places in by_path.items():
         try:
-            whole = scan((root / path).read_bytes())
+            whole = scanned((root / path).read_bytes(), other)
         except (OSError, Unreadable):
             continue
         symbols = {(symbol.name, symbol.twin): symbol for symbol in whole.symbols}
@@ -312,15 +316,15 @@ def cases(root: Path, sample: Sample, *, budget: int) -> Iterator[Case]:
             if symbol is None:
                 continue
             try:
-                yield _case(whole, symbol, place, budget)
+                yield _case(whole, symbol, place, budget, other)
             except (NotRemovable, HeaderTooLong):
                 continue
 
 
-def _case(whole: Scan, symbol: Symbol, place: Place, budget: int) -> Case:
+def _case(whole: Scan, symbol: Symbol, place: Place, budget: int, other: Interpreter | None) -> Case:
     if symbol.docstring is None:
         raise NotRemovable("no docstring")
-    rest = without(whole, symbol)
+    rest = without(whole, symbol, other)
     bare = next(s for s in rest.symbols if (s.name, s.twin) == (symbol.name, symbol.twin))
     return Case(
         place=place,
@@ -333,7 +337,7 @@ def _case(whole: Scan, symbol: Symbol, place: Place, budget: int) -> Case:
     )
 
 
-def without(whole: Scan, symbol: Symbol) -> Scan:
+def without(whole: Scan, symbol: Symbol, other: Interpreter | None = None) -> Scan:
     """Return the file without one docstring, nor the blank lines below it; an empty body gets `pass`.
 
     Raises:
@@ -349,7 +353,7 @@ def without(whole: Scan, symbol: Symbol) -> Scan:
     else:
         middle = f"{symbol.indent}pass{symbol.newline}"
     try:
-        rest = scan(whole.encoded(text[:start] + middle + text[end:]))
+        rest = scanned(whole.encoded(text[:start] + middle + text[end:]), other)
     except Unreadable as err:
         raise NotRemovable(str(err)) from err
     name = (symbol.name, symbol.twin)

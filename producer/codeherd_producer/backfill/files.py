@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
-from codeherd_producer.backfill.git import Git
+from codeherd_producer.backfill.git import Git, run
 
 #: Begins a file whose content is elsewhere (git-lfs specification, version 1).
 _LFS = b"version https://git-lfs"
@@ -86,6 +86,23 @@ def find(
         SourceFile(path, _reason(root, path, include, exclude, marked.get(path)), _is_test(path))
         for path in paths
     ]
+
+
+def look(root: Path, path: str) -> SourceFile:
+    """Return one file that `find` returned before, as it is now; what was changed or not is not asked."""
+    git = Git.of(root)
+    marked = {} if git is None else _marks(git, _inside(git, root), [path], None, allow_dirty=True)
+    return SourceFile(path, _reason(root, path, (), (), marked.get(path)), _is_test(path))
+
+
+def is_dirty(root: Path, path: str) -> bool:
+    """Whether a file has changes that are not committed; outside of a repository nothing has."""
+    git = Git.of(root)
+    if git is None:
+        return False
+    outer = _inside(git, root).outer(path)
+    status = ["--literal-pathspecs", "status", "-z", "--porcelain=v1", "--untracked-files=all", "--", outer]
+    return run(git.top, status) != b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,11 @@ Does not know which files there are.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -120,6 +122,21 @@ class Interpreter:
             f"{self._command[0]} does not run the scanner: {why}",
             hint="name a Python of version 3.9 or later",
         )
+
+
+@contextlib.contextmanager
+def borrowed(python: str | Path | None) -> Iterator[Interpreter | None]:
+    """Lend an interpreter that was seen to run the scanner; None where none is named.
+
+    Raises:
+        InterpreterFailed: it does not run it; name another interpreter.
+    """
+    if python is None:
+        yield None
+        return
+    with Interpreter(Path(python)) as other:
+        other.check()
+        yield other
 
 
 def scanned(raw: bytes, other: Interpreter | None) -> Scan:

@@ -1,7 +1,8 @@
 """Find all that a backfill is to do: file by file, which symbols get a docstring, and why not the rest.
 
-Owns: the way from a folder to `PlannedFile`s, in order of their paths, one in memory at a time. Decides
-nothing itself: `files` and `selection` do. Knows nothing of models, runs or SQL.
+Owns: the way from a folder to `PlannedFile`s, in order of their paths, one in memory at a time, and from one
+path to the same again. Decides nothing itself: `files` and `selection` do. Knows nothing of models, runs or
+SQL.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from codeherd_producer.backfill.files import MOST_BYTES, FileReason, SourceFile, find
+from codeherd_producer.backfill.files import MOST_BYTES, FileReason, SourceFile, find, is_dirty, look
 from codeherd_producer.backfill.git import Git
 from codeherd_producer.backfill.inheritance import Inheritance
 from codeherd_producer.backfill.interpreters import Interpreter, scanned
@@ -90,6 +91,34 @@ def plan(root: Path, wanted: Wanted) -> Iterator[PlannedFile]:
     return _planned(root, sources, wanted.selection, other)
 
 
+def plan_again(root: Path, path: str, wanted: Wanted) -> PlannedFile:
+    """Plan one file of an earlier plan as it is now.
+
+    Whether it was changed since `wanted.changed_since` is not asked again: it is a part of the plan.
+
+    Args:
+        root: the folder of that plan.
+        path: from there.
+        wanted: as it was then.
+
+    Raises:
+        GitFailed: the repository cannot be asked.
+    """
+    root = root.resolve()
+    git = Git.of(root)
+    with Interpreter(wanted.python) if wanted.python is not None else contextlib.nullcontext() as other:
+        inheritance = Inheritance(
+            root if git is None else git.top.resolve(),
+            _everything(root),
+            functools.partial(_loaded, other=other),
+        )
+        planned = _planned_file(root, look(root, path), wanted.selection, inheritance, other)
+    # Asked last, so that what was read is what was committed.
+    if planned.reason is None and not wanted.allow_dirty and is_dirty(root, path):
+        return replace(planned, reason=str(FileReason.DIRTY), targets=())
+    return planned
+
+
 def read(root: Path, path: str, python: Path | None) -> tuple[bytes, Scan]:
     """Return one file's bytes and what is in them, as `plan` did.
 
@@ -101,6 +130,11 @@ def read(root: Path, path: str, python: Path | None) -> tuple[bytes, Scan]:
     raw = (root / path).read_bytes()
     with Interpreter(python) if python is not None else contextlib.nullcontext() as other:
         return raw, scanned(raw, other)
+
+
+def _everything(root: Path) -> Iterator[Path]:
+    """Yield the files that modules may be looked for in; looks for them when the first one is asked for."""
+    yield from (root / one.path for one in find(root, allow_dirty=True))
 
 
 def _planned(

@@ -27,6 +27,7 @@ from codeherd_producer.backfill.dialog import Accept, Answer, Ask, GiveUp, Judge
 from codeherd_producer.backfill.git import Git
 from codeherd_producer.backfill.options import Options
 from codeherd_producer.backfill.outcome import opened_view, unsafe, unwritable
+from codeherd_producer.backfill.own_code import OwnCode
 from codeherd_producer.backfill.planner import PlannedFile
 from codeherd_producer.backfill.scanner import Scan, Symbol
 from codeherd_producer.backfill.sources import read_planned
@@ -177,7 +178,7 @@ class Backfill:
         look_at = began
         with self._client.watch() as watch:
             while not stop.is_set():
-                moved, jobs = self._turn()
+                moved, jobs = self._turn(limits.jobs)
                 watch.add(jobs)
                 if moved and self._clock() < look_at:
                     continue
@@ -197,8 +198,8 @@ class Backfill:
         self._rows.set_state(self._run.id, state)
         return state
 
-    def _turn(self) -> tuple[int, list[str]]:
-        """Judge the files that are answered, and open more as far as there is room.
+    def _turn(self, most: int | None) -> tuple[int, list[str]]:
+        """Judge the files that are answered, and open more while there is room and fewer than `most` are asked.
 
         Returns:
             How many files were taken up, and the new jobs.
@@ -209,7 +210,7 @@ class Backfill:
             moved += 1
         room = len(jobs) + WINDOW - self._rows.waiting(self._run.id)
         for file in self._rows.files(self._run.id, states=[FileState.PLANNED], limit=_AT_A_TIME):
-            if len(jobs) >= room:
+            if len(jobs) >= room or (most is not None and self._asked >= most):
                 break
             jobs += self._advance(file)
             moved += 1
@@ -219,7 +220,7 @@ class Backfill:
         """Judge what was answered for a file, and ask what is still open; return the new jobs."""
         source = read_planned(self._root, file, self._options)
         if source is None:
-            self._rows.set_file_state(file.id, FileState.CHANGED, reason="changed since it was planned")
+            self._plan_again(file)
             return []
         found = self._judged(file, source.scan, self._rows.targets(file.id))
         self._rows.settle(
@@ -232,6 +233,18 @@ class Backfill:
             state=None if found.asks else FileState.DONE,
         )
         return self._ask(file, found.asks) if found.asks else []
+
+    def _plan_again(self, file: File) -> None:
+        """Plan a file anew that was changed before anything was asked for it; leave others alone.
+
+        What was asked was asked of the old code, so answers would be judged by what they do not describe.
+        Texts that were accepted by then may still be handed over (`outcome`).
+        """
+        planned = planner.plan_again(self._root, file.path, self._options.wanted())
+        reason = planned.reason or "while its texts were asked for"
+        if planned.reason is None and self._rows.replan(file, new_file(planned)):
+            return
+        self._rows.set_file_state(file.id, FileState.CHANGED, f"changed since it was planned; {reason}")
 
     def _judged(self, file: File, scan: Scan, targets: Sequence[Target]) -> _Judgement:
         """Judge what was answered for a file. The same answers give the same, however often this is done."""
@@ -378,20 +391,22 @@ def has_room_for(path: str) -> bool:
 def new_file(planned: PlannedFile) -> NewFile:
     """Return the rows of a planned file."""
     scan = planned.scan
-    symbols = () if scan is None else scan.symbols
-    places = {(symbol.name, symbol.twin): place for place, symbol in enumerate(symbols)}
     return NewFile(
         path=planned.path,
         sha256=planned.sha256,
         encoding=None if scan is None else scan.encoding,
         reason=planned.reason,
-        documented=sum(symbol.is_documented for symbol in symbols),
+        documented=0 if scan is None else sum(symbol.is_documented for symbol in scan.symbols),
         passed_over=planned.passed_over,
-        targets=tuple(
-            NewTarget(places[one.name, one.twin], one.name, one.twin, one.line, one.kind)
-            for one in planned.targets
-        ),
+        targets=() if scan is None else tuple(_new_targets(scan, planned.targets)),
     )
+
+
+def _new_targets(scan: Scan, wanted: Sequence[Symbol]) -> Iterator[NewTarget]:
+    code = OwnCode(scan)
+    places = {(symbol.name, symbol.twin): place for place, symbol in enumerate(scan.symbols)}
+    for one in wanted:
+        yield NewTarget(places[one.name, one.twin], one.name, one.twin, one.line, one.kind, code.sha256(one))
 
 
 def _usual_lengths(scan: Scan) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from codeherd_producer.commands.backfill_options import (
 )
 from codeherd_producer.commands.backfill_progress import watched
 from codeherd_producer.commands.backfill_runs import Site, meant, opened
+from codeherd_producer.commands.backfill_workers import Lookout, served_queues
 from codeherd_producer.commands.configuration import settings_of
 from codeherd_producer.commands.durations import Duration
 from codeherd_producer.commands.help_text import Noun
@@ -84,7 +85,7 @@ def docstrings(ctx: click.Context, /, path: Path, **given: Any) -> None:
     Without an option that says where to, the patch goes to stdout.
     """
     if given["checks"]:
-        ctx.invoke(check, path=path, least=given["least"], as_json=given["as_json"])
+        ctx.invoke(check, path=path, least=given["least"], python=given["python"], as_json=given["as_json"])
         return
     if given["least"] is not None:
         raise click.UsageError("--min goes with --check")
@@ -298,7 +299,13 @@ def _carry_on(site: Site, run: Run, limits: Limits, gift: Gift, *, as_json: bool
         with watched() as meter:
             if run.state is RunState.PLANNING:
                 work.plan(meter.planned)
-            state = work.work(limits=limits, told=meter.show)
+            lookout = Lookout(run.model, lambda: served_queues(site.settings), meter.tell)
+
+            def heard(progress: Progress) -> None:
+                meter.show(progress)
+                lookout.show(progress)
+
+            state = work.work(limits=limits, told=heard)
     except KeyboardInterrupt:
         # One that is still being planned has to be planned to the end.
         if site.rows.get(run.id).state is not RunState.PLANNING:

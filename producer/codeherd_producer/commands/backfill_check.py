@@ -14,27 +14,29 @@ import click
 
 from codeherd_producer.backfill import project_settings, ratchet
 from codeherd_producer.backfill.coverage import Coverage, Ignored, measure, meets
+from codeherd_producer.backfill.interpreters import borrowed
 from codeherd_producer.backfill.project_settings import ProjectSettings
 from codeherd_producer.commands.failures import ExitCode
 from codeherd_producer.commands.help_text import Verb
 from codeherd_producer.commands.output import print_json, print_table
 from codeherd_producer.commands.request_options import options
-from codeherd_producer.commands.talk import say
+from codeherd_producer.commands.talk import note, say
 from codeherd_schema.errors import InvalidRequest
 
-#: Interrogate's short and long flag, the field of `Ignored`, and the kind of the project's settings.
+#: Interrogate's short and long flag, the field of `Ignored`, the kind of the project's settings, and what
+#: does not count then.
 _FLAGS: Final = (
-    ("-m", "magic", "magic"),
-    ("-i", "init_method", "init"),
-    ("-I", "init_module", None),
-    ("-M", "module", "modules"),
-    ("-n", "nested_functions", "nested"),
-    ("-C", "nested_classes", "nested"),
-    ("-p", "private", "private"),
-    ("-s", "semiprivate", "semiprivate"),
-    ("-P", "property_decorators", "properties"),
-    ("-S", "setters", "setters"),
-    ("-O", "overloaded_functions", None),
+    ("-m", "magic", "magic", "Not magic methods; `__init__` counts."),
+    ("-i", "init_method", "init", "Not `__init__`."),
+    ("-I", "init_module", None, "Not the files `__init__.py`."),
+    ("-M", "module", "modules", "Not modules."),
+    ("-n", "nested_functions", "nested", "Not functions in functions."),
+    ("-C", "nested_classes", "nested", "Not classes in classes or functions, with their methods."),
+    ("-p", "private", "private", "Not names that begin with two underscores."),
+    ("-s", "semiprivate", "semiprivate", "Not names that begin with one."),
+    ("-P", "property_decorators", "properties", "Not getters, setters and deleters of properties."),
+    ("-S", "setters", "setters", "Not setters of properties."),
+    ("-O", "overloaded_functions", None, "Not functions with `@overload`."),
 )
 
 
@@ -56,9 +58,14 @@ _FLAGS: Final = (
 @options(
     *(
         click.option(
-            short, f"--ignore-{name.replace('_', '-')}", f"ignore_{name}", is_flag=True, default=None
+            short,
+            f"--ignore-{name.replace('_', '-')}",
+            f"ignore_{name}",
+            is_flag=True,
+            default=None,
+            help=text,
         )
-        for short, name, _ in _FLAGS
+        for short, name, _, text in _FLAGS
     )
 )
 @click.option("-r", "--ignore-regex", multiple=True, metavar="REGEX", help="Not such names.")
@@ -70,6 +77,7 @@ _FLAGS: Final = (
     default="sphinx",
     help="google: `__init__` is its class.",
 )
+@click.option("--python", metavar="PATH", help="An interpreter that reads syntax newer than this one's.")
 @click.option("-v", "--verbose", is_flag=True, help="Every file that lacks something.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_context
@@ -83,7 +91,8 @@ def check(ctx: click.Context, /, path: Path, **given: Any) -> None:
     """
     project = project_settings.read(path if path.is_dir() else path.parent)
     ignoring = _ignored(project, given)
-    found = measure(path, ignoring)
+    with borrowed(given.get("python")) as other:
+        found = measure(path, ignoring, other)
     least = given.get("least") if given.get("least") is not None else project.fail_under
     is_enough = least is None or meets(found, least)
     turn = None
@@ -92,6 +101,7 @@ def check(ctx: click.Context, /, path: Path, **given: Any) -> None:
             turn = ratchet.hold(given["ratchet_file"], found, ignoring)
         except OSError as err:
             raise InvalidRequest(f"{given['ratchet_file']}: {err.strerror}") from err
+        _note_file(given["ratchet_file"], turn)
         is_enough = is_enough and turn.verdict is not ratchet.Verdict.FELL
     if given["as_json"]:
         print_json(_document(found, least, turn, is_enough=is_enough))
@@ -103,7 +113,7 @@ def check(ctx: click.Context, /, path: Path, **given: Any) -> None:
 
 def _ignored(project: ProjectSettings, given: dict[str, Any]) -> Ignored:
     values: dict[str, Any] = {}
-    for _, name, kind in _FLAGS:
+    for _, name, kind, _ in _FLAGS:
         said = given.get(f"ignore_{name}")
         if said is None and kind is not None and f"selection.{kind}" in project.origins:
             said = not getattr(project.selection, kind)
@@ -141,6 +151,15 @@ def _document(
         "files": [{"path": one.path, "total": one.total, "covered": one.covered} for one in found.files],
         "skipped": [{"path": one.path, "reason": one.reason} for one in found.skipped],
     }
+
+
+def _note_file(path: Path, turn: ratchet.Turn) -> None:
+    """Say what was written to the ratchet's file, which is to be committed."""
+    now = f"{turn.now.covered} of {turn.now.total} documented"
+    if turn.verdict is ratchet.Verdict.STARTED:
+        note(f"there was no {path}; it is made now: {now}")
+    elif turn.verdict is ratchet.Verdict.BETTER and turn.before is not None:
+        note(f"{path} is written anew: {now}, {turn.before.covered} of {turn.before.total} before")
 
 
 def _print(found: Coverage, least: float | None, turn: ratchet.Turn | None, *, is_verbose: bool) -> None:

@@ -14,6 +14,7 @@ import click
 
 from codeherd_producer.backfill import evaluation
 from codeherd_producer.backfill.evaluation import Form, Reply
+from codeherd_producer.backfill.interpreters import borrowed
 from codeherd_producer.client import Client
 from codeherd_producer.commands.backfill_options import make_options, text_options
 from codeherd_producer.commands.backfill_runs import opened
@@ -33,6 +34,7 @@ from codeherd_schema.requests import InfillRequest
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another one holds back others [0].")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only such paths; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Not such paths; repeatable.")
+@click.option("--python", metavar="PATH", help="An interpreter that reads syntax newer than this one's.")
 @click.option(
     "--new-since",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -56,20 +58,24 @@ def evaluate(ctx: click.Context, /, path: Path, **given: Any) -> None:
     """
     settings = settings_of(ctx)
     wanted = make_options(path, ModelTable.from_file(settings.models_file), given)
-    sample = evaluation.sampled(
-        path,
-        given["count"],
-        seed=given["seed"],
-        selection=wanted.kinds,
-        include=wanted.include,
-        exclude=wanted.exclude,
-        new_since=given["new_since"],
-    )
-    if not sample.places:
-        raise InvalidRequest(f"below {path} there is no docstring that could be held back")
+    with borrowed(wanted.python) as other:
+        sample = evaluation.sampled(
+            path,
+            given["count"],
+            seed=given["seed"],
+            selection=wanted.kinds,
+            include=wanted.include,
+            exclude=wanted.exclude,
+            new_since=given["new_since"],
+            other=other,
+        )
+        if not sample.places:
+            raise InvalidRequest(f"below {path} there is no docstring that could be held back")
+        # All of them now: the other interpreter need not wait until they are answered.
+        held_back = list(evaluation.cases(path, sample, budget=wanted.context_chars, other=other))
     with opened(ctx, publish=True) as site:
         found = evaluation.evaluate(
-            evaluation.cases(path, sample, budget=wanted.context_chars),
+            held_back,
             lambda questions: _answered(site.client, questions),
             sample=sample,
             policy=wanted.policy(usual_lengths=()),

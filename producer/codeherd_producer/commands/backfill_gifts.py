@@ -6,6 +6,7 @@ docstrings get into a file (`backfill.outcome`), or how any of these is made.
 
 from __future__ import annotations
 
+import hashlib
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,8 @@ from codeherd_producer.backfill.commits import (
     message,
 )
 from codeherd_producer.backfill.git import Git
-from codeherd_producer.backfill.outcome import EditedFile, LeftAlone, edited_file, edited_files
+from codeherd_producer.backfill.outcome import EditedFile, LeftAlone, Loss, edited_file, edited_files
+from codeherd_producer.backfill.owners import Owners
 from codeherd_producer.backfill.patches import unified
 from codeherd_producer.backfill.worktree import CommitRefused
 from codeherd_producer.backfill.writing import NotWritten, replace
@@ -36,7 +38,7 @@ from codeherd_schema.backfills import Backfills, File, FileState, Run
 from codeherd_schema.errors import InvalidRequest
 
 gift_options = options(
-    click.option("--in-place", is_flag=True, help="Write the files themselves; changed ones are left alone."),
+    click.option("--in-place", is_flag=True, help="Write the files themselves, each whole or not at all."),
     click.option(
         "--patches",
         type=click.Path(file_okay=False, path_type=Path),
@@ -57,6 +59,9 @@ gift_options = options(
         help="What shares a commit [per-file].",
     ),
     click.option("--max-files", type=click.IntRange(1), help="Most files of a commit."),
+    click.option(
+        "--max-lines", type=click.IntRange(1), help="Most new lines of a commit; a file is never divided."
+    ),
     click.option("--commit-prefix", default="", metavar="TEXT", help="Begins each commit's first line."),
 )
 
@@ -71,6 +76,7 @@ class Gift:
     mails: Path | None
     grouping: Grouping
     max_files: int | None
+    max_lines: int | None
     prefix: str
 
     @classmethod
@@ -83,10 +89,10 @@ class Gift:
         places = [given["in_place"], given["patches"], given["branch_name"] or given["format_patch"]]
         if sum(bool(place) for place in places) > 1:
             raise click.UsageError("--in-place, --patches and --branch do not go together")
-        of_commits = (given["grouping"], given["max_files"], given["commit_prefix"])
+        of_commits = [given[name] for name in ("grouping", "max_files", "max_lines", "commit_prefix")]
         if any(of_commits) and not places[-1]:
             raise click.UsageError(
-                "--commit, --max-files and --commit-prefix go with --branch or --format-patch"
+                "--commit, --max-files, --max-lines and --commit-prefix go with --branch or --format-patch"
             )
         return cls(
             in_place=given["in_place"],
@@ -95,6 +101,7 @@ class Gift:
             mails=given["format_patch"],
             grouping=Grouping(given["grouping"] or Grouping.FILE),
             max_files=given["max_files"],
+            max_lines=given["max_lines"],
             prefix=given["commit_prefix"],
         )
 
@@ -103,6 +110,7 @@ class Gift:
 
         Raises:
             InvalidRequest: commits are asked for outside of a repository, or before its first commit.
+            NoOwnersFile: they are by owner, and no file says who owns what.
         """
         if self.branch is None and self.mails is None:
             return
@@ -113,6 +121,8 @@ class Gift:
             )
         if git.commit_id("HEAD") is None:
             raise InvalidRequest(f"the repository {git.top} has no commit to begin a branch at")
+        if self.grouping is Grouping.OWNER:
+            Owners.read(git.top)
 
     @property
     def has_place(self) -> bool:
@@ -173,9 +183,15 @@ _JUDGED: Final = (FileState.DONE, FileState.CHANGED, FileState.APPLIED, FileStat
 
 
 def _done(rows: Backfills, run: Run) -> Iterator[EditedFile]:
-    """Yield the files that can be handed over, and say of the others why not."""
+    """Yield the files that can be handed over; say what was carried over, and of the others why not."""
     for found in edited_files(rows, run, states=_JUDGED):
         match found:
+            case EditedFile(file, is_carried=True):
+                say(
+                    f"{file.path} was changed since it was planned: "
+                    f"{_counted(len(found.names), 'docstring')} carried over{_told(', ', found.lost)}"
+                )
+                yield found
             case EditedFile():
                 yield found
             case LeftAlone(file, has_docstrings=True):
@@ -183,9 +199,25 @@ def _done(rows: Backfills, run: Run) -> Iterator[EditedFile]:
                 note(f"{file.path} has its docstrings already")
             case LeftAlone(file, fault=str(fault)):
                 say(f"{file.path} is left alone: {fault}")
-            case LeftAlone(file):
-                rows.set_file_state(file.id, FileState.CHANGED, "changed since it was planned")
-                say(f"{file.path} was changed since it was planned, and is left alone")
+            case LeftAlone(file, reason=reason, lost=lost):
+                changed = f"changed since it was planned; {reason}"
+                rows.set_file_state(file.id, FileState.CHANGED, changed)
+                say(
+                    f"{file.path} was changed since it was planned, and is left alone: "
+                    f"{reason}{_told('; ', lost)}"
+                )
+
+
+def _told(before: str, lost: Mapping[Loss, int]) -> str:
+    """Say how many texts nobody gets; nothing if there are none."""
+    if not lost:
+        return ""
+    reasons = ", ".join(f"{count} {loss}" for loss, count in sorted(lost.items()))
+    return f"{before}{sum(lost.values())} left ({reasons}): a new run asks for what still lacks one"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _print(rows: Backfills, run: Run, folder: Path | None) -> None:
@@ -205,7 +237,7 @@ def _print(rows: Backfills, run: Run, folder: Path | None) -> None:
 def _write(rows: Backfills, run: Run) -> None:
     for found in _done(rows, run):
         try:
-            replace(Path(run.root) / found.file.path, found.file.sha256, found.after)
+            replace(Path(run.root) / found.file.path, hashlib.sha256(found.before).hexdigest(), found.after)
         except NotWritten as err:
             say(f"left alone: {err.message}")
         else:
@@ -221,9 +253,17 @@ def _commit(rows: Backfills, run: Run, gift: Gift) -> None:
     for found in _done(rows, run):
         files[inside + found.file.path] = found.file
         gains[inside + found.file.path] = found.after.count(b"\n") - found.before.count(b"\n")
+    owners = Owners.read(git.top) if gift.grouping is Grouping.OWNER else Owners(())
+    groups = grouped(
+        gains,
+        gift.grouping,
+        owners_of=owners.of,
+        most_files=gift.max_files,
+        most_lines=gift.max_lines,
+    )
     refused: CommitRefused | None = None
     with branch(git, gift.branch) as target:
-        for group in grouped(gains, gift.grouping, most_files=gift.max_files):
+        for group in groups:
             # Read again: all contents at once may be more than memory holds.
             edits = [(path, edited_file(rows, run, files[path])) for path in group.paths]
             edited = {path: edit for path, edit in edits if isinstance(edit, EditedFile)}

@@ -36,6 +36,14 @@ class Meter:
         """Take how far the run is."""
         self._say(self._line(progress))
 
+    def tell(self, line: str) -> None:
+        """Say something else, on a line that stays."""
+        if self._is_terminal:
+            sys.stderr.write(f"{_AFRESH}{line}\n")
+            sys.stderr.flush()
+        else:
+            say(line)
+
     def close(self) -> None:
         """Leave an empty line."""
         if self._is_terminal:
@@ -71,6 +79,9 @@ class Meter:
 
 
 class _Silence(Meter):
+    def tell(self, line: str) -> None:
+        """Say nothing."""
+
     def _say(self, line: str) -> None:
         """Say nothing."""
 

@@ -17,6 +17,7 @@ from codeherd_producer.commands.clients import open_client
 from codeherd_producer.commands.configuration import settings_of
 from codeherd_schema.backfills import Backfills, Run
 from codeherd_schema.errors import RunNotFound
+from codeherd_schema.settings import SharedSettings
 
 #: Characters of a whole id.
 _WHOLE: Final = 36
@@ -28,6 +29,7 @@ _KNOWN: Final = 1_000
 class Site:
     """What a verb works on."""
 
+    settings: SharedSettings
     client: Client
     rows: Backfills
 
@@ -40,7 +42,7 @@ def opened(ctx: click.Context, *, publish: bool) -> Iterator[Site]:
         open_client(settings, publish=publish) as client,
         contextlib.closing(Backfills.open(settings.database, **settings.database_options)) as rows,
     ):
-        yield Site(client, rows)
+        yield Site(settings, client, rows)
 
 
 def meant(rows: Backfills, run_id: str | None) -> Run:

@@ -6,10 +6,12 @@ Owns: the order of a submit on the command line. Does not know how a request is 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import click
 
+from codeherd_producer.client import Client, Job
 from codeherd_producer.commands.batch import read_batch
 from codeherd_producer.commands.clients import open_client
 from codeherd_producer.commands.configuration import settings_of
@@ -28,7 +30,12 @@ from codeherd_producer.commands.request_options import (
 )
 from codeherd_producer.commands.talk import note
 from codeherd_producer.commands.waits import ended_jobs, exit_code_of, tally, wait_options
+from codeherd_schema.pauses import Pause
 from codeherd_schema.requests import JobKind
+from codeherd_schema.states import JobState, PauseScope
+
+#: Jobs that are read at a time to see whether they are paused.
+_PAGE: Final = 500
 
 _waiting = options(
     click.option("--wait", is_flag=True, help="Wait, and print the text instead of the id."),
@@ -125,6 +132,7 @@ def jsonl(ctx: click.Context, /, file: str, **values: Any) -> None:
             click.echo("".join(f"{job.id}\n" for job in jobs), nl=False)
         states = {}
         if values["wait"]:
+            _note_pauses(client, jobs)
             wait = ended_jobs(
                 client,
                 {job.id: job for job in jobs},
@@ -146,6 +154,38 @@ def _check_waiting(ctx: click.Context, values: dict[str, Any]) -> None:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --wait", ctx)
 
 
+def _note_pauses(client: Client, jobs: Sequence[Job]) -> None:
+    """Say which pauses keep jobs from starting: whoever waits for them waits for a person."""
+    pauses = client.pauses()
+    if not pauses:
+        return
+    named: set[tuple[PauseScope, str | None]] = set()
+    for start in range(0, len(jobs), _PAGE):
+        page = client.handles([job.id for job in jobs[start : start + _PAGE]])
+        named.update(key for job in page.values() for key in _pausable(job))
+    for pause in pauses:
+        if (pause.scope, pause.name) in named:
+            note(_told(pause))
+
+
+def _pausable(job: Job) -> Iterator[tuple[PauseScope, str | None]]:
+    """Yield what a pause must name for this job not to start."""
+    row = job.row
+    if row.state is JobState.QUEUED:
+        yield PauseScope.QUEUE, row.queue
+        yield PauseScope.BATCH, row.batch_id
+        yield PauseScope.RUN, row.run_id
+        yield PauseScope.TENANT, row.tenant
+
+
+def _told(pause: Pause) -> str:
+    # A queue is spelled as its model: nobody types the names of queues.
+    is_queue = pause.scope is PauseScope.QUEUE
+    what = f"model {pause.name.partition('.')[2]}" if is_queue else f"{pause.scope} {pause.name}"
+    reason = f" ({pause.reason})" if pause.reason else ""
+    return f"note: {what} is paused{reason}: nothing of it starts before `codeherd resume {what}`"
+
+
 def _submit(ctx: click.Context, kind: JobKind, values: dict[str, Any]) -> None:
     _check_waiting(ctx, values)
     settings = settings_of(ctx)
@@ -157,6 +197,7 @@ def _submit(ctx: click.Context, kind: JobKind, values: dict[str, Any]) -> None:
             note("note: this key and request were submitted before, it is the same job")
         if values["wait"]:
             note(f"job {job.id}: waiting, Ctrl-C detaches")
+            _note_pauses(client, [job])
             wait = ended_jobs(
                 client,
                 {job.id: job},

@@ -83,3 +83,12 @@ def test_a_terminal_is_told_how_many_files_are_planned_and_left_with_an_empty_li
     meter.close()
 
     assert capsys.readouterr().err == "\r\x1b[Kplanned 50 files\r\x1b[Kplanned 80 files\r\x1b[K"
+
+
+@pytest.mark.parametrize(("is_terminal", "expected"), [(True, "\r\x1b[Kbeside\n"), (False, "beside\n")])
+def test_what_is_told_beside_the_progress_stays(
+    is_terminal: bool, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Meter(is_terminal=is_terminal, clock=HandClock()).tell("beside")
+
+    assert capsys.readouterr().err == expected

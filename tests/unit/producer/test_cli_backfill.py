@@ -10,18 +10,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from codeherd_producer.backfill.scanner import scan
 from codeherd_producer.client import Client
+from codeherd_producer.commands.backfill import backfill
 from codeherd_producer.commands.backfill_progress import Meter
 from codeherd_producer.commands.failures import ExitCode
 from codeherd_schema.backfills import Backfills, FileState, RunState
+from codeherd_schema.requests import InfillRequest
 from codeherd_schema.settings import SharedSettings
 from codeherd_schema.store import Store
 from tests.unit.producer.backfill.conftest import newer_python as newer_python
-from tests.unit.producer.backfill.test_run import FILES, TARGETS, Bench, fine_when_sampled, hopeless
+from tests.unit.producer.backfill.test_run import (
+    FILES,
+    OTHER_ONE,
+    TARGETS,
+    Bench,
+    fine_when_sampled,
+    hopeless,
+    text_of,
+)
 from tests.unit.producer.conftest import CommandLine, Output
+from tests.unit.producer.json_documents import Documents
 
 UNKNOWN = "0190a0a0-0000-7000-8000-000000000000"
 
@@ -40,10 +52,14 @@ def _git_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
 
 
-def git(folder: Path, *arguments: str, given: bytes | None = None) -> str:
+def git_bytes(folder: Path, *arguments: str, given: bytes | None = None) -> bytes:
     done = subprocess.run(["git", *arguments], cwd=folder, input=given, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
+    return done.stdout
+
+
+def git(folder: Path, *arguments: str, given: bytes | None = None) -> str:
+    return git_bytes(folder, *arguments, given=given).decode()
 
 
 def commit(folder: Path) -> None:
@@ -273,6 +289,220 @@ def test_a_folder_inside_of_a_repository_gives_paths_from_its_top(
     git(bench.root, "apply", "--check", given=done.stdout)
 
 
+# Files that were changed since they were planned.
+
+
+def other_one(root: Path) -> str:
+    """Change a method and add a function above all others, change the other file's head, and commit that."""
+    (root / "one.py").write_text(OTHER_ONE)
+    (root / "two.py").write_bytes(b"# Mine.\r\n" + (root / "two.py").read_bytes())
+    commit(root)
+    return OTHER_ONE
+
+
+#: What a hand-over says of it.
+CARRIED = (
+    "one.py was changed since it was planned: 1 docstring carried over, 2 left (2 changed): "
+    "a new run asks for what still lacks one\n"
+    "two.py was changed since it was planned: 1 docstring carried over\n"
+)
+
+
+def test_every_way_of_handing_over_carries_texts_over_into_the_files_as_they_are_now(
+    codeherd: CommandLine, bench: Bench, tmp_path: Path
+) -> None:
+    codeherd("docstrings", str(bench.root))
+    [run] = bench.rows.list()
+    asked = len(bench.ran)
+    before = other_one(bench.root)
+    text = text_of(bench, run, "first")
+    head = git(bench.root, "rev-parse", "HEAD")
+    found: dict[str, dict[str, bytes]] = {}
+
+    printed = codeherd("apply")
+    found["stdout"] = patched(bench.root, printed.stdout)
+    assert codeherd("apply").stdout == printed.stdout
+    codeherd("apply", "--patches", str(tmp_path / "patches"))
+    every = b"".join(path.read_bytes() for path in sorted((tmp_path / "patches").iterdir()))
+    found["patches"] = patched(bench.root, every)
+    for _ in range(2):
+        branch = codeherd("apply", "--branch", "texts")
+        assert CARRIED in branch.stderr
+        assert "2 commits on texts" in branch.stderr
+    found["branch"] = {path: git_bytes(bench.root, "show", f"texts:{path}") for path in FILES}
+    codeherd("apply", "--format-patch", str(tmp_path / "mails"))
+    clone = tmp_path / "clone"
+    git(bench.root, "clone", "--quiet", ".", str(clone))
+    git(clone, "am", "--quiet", "--keep-cr", *sorted(map(str, (tmp_path / "mails").iterdir())))
+    found["mails"] = {path: (clone / path).read_bytes() for path in FILES}
+    assert git(bench.root, "status", "--porcelain") == ""
+    in_place = codeherd("apply", "--in-place")
+    found["in place"] = {path: (bench.root / path).read_bytes() for path in FILES}
+
+    assert CARRIED in printed.stderr
+    assert CARRIED in in_place.stderr
+    header = "def first(a, b):\n"
+    expected = before.replace(header, f'{header}    """{text}"""\n').encode()
+    assert {way: files["one.py"] for way, files in found.items()} == dict.fromkeys(found, expected)
+    two = found["stdout"]["two.py"]
+    assert two.startswith(b'# Mine.\r\ndef fourth(x):\r\n    """')
+    assert two.count(b"\r\n") == two.count(b"\n") == 4
+    assert all(files == found["stdout"] for files in found.values())
+    assert git(bench.root, "rev-parse", "HEAD") == head
+    # Again, when they are there: not a byte more, and nothing was ever asked.
+    again = codeherd("apply", "--in-place")
+    assert again.status == 0
+    assert {path: (bench.root / path).read_bytes() for path in FILES} == found["stdout"]
+    commit(bench.root)
+    assert codeherd("apply").stdout == b""
+    assert len(bench.ran) == asked
+
+
+def test_a_new_run_asks_for_what_was_not_carried_over_alone(codeherd: CommandLine, bench: Bench) -> None:
+    codeherd("docstrings", str(bench.root))
+    other_one(bench.root)
+    codeherd("apply", "--in-place")
+    commit(bench.root)
+    [run] = bench.rows.list()
+
+    codeherd("docstrings", str(bench.root), "--in-place")
+
+    newest = bench.rows.list()[0]
+    files = bench.rows.files(newest.id, states=list(FileState))
+    names = [target.name for file in files for target in bench.rows.targets(file.id)]
+    assert names == ["zeroth", "Second", "Second.third"]
+    assert text_of(bench, run, "first") in (bench.root / "one.py").read_text()
+
+
+def test_an_edit_that_is_not_committed_leaves_a_file_alone_until_it_is(
+    codeherd: CommandLine, bench: Bench
+) -> None:
+    codeherd("docstrings", str(bench.root))
+    other = OTHER_ONE.encode()
+    (bench.root / "one.py").write_bytes(other)
+
+    for place in ((), ("--branch", "texts"), ("--in-place",)):
+        done = codeherd("apply", *place)
+        assert done.status == 0
+        assert (
+            "one.py was changed since it was planned, and is left alone: has changes that are not committed"
+            in done.stderr
+        )
+        assert (bench.root / "one.py").read_bytes() == other
+        assert b"one.py" not in done.stdout
+    assert git(bench.root, "diff", "--name-only", "main", "texts").split() == ["two.py"]
+    commit(bench.root)
+    assert b"a/one.py" in codeherd("apply").stdout
+
+
+def test_with_allow_dirty_an_edit_that_is_not_committed_is_carried_over_too(
+    codeherd: CommandLine, bench: Bench
+) -> None:
+    codeherd("docstrings", str(bench.root), "--allow-dirty")
+    (bench.root / "one.py").write_text(OTHER_ONE)
+
+    done = codeherd("apply")
+
+    assert "one.py was changed since it was planned: 1 docstring carried over, 2 left" in done.stderr
+    git(bench.root, "apply", "--check", given=done.stdout)
+    # The branch begins at the commit, which is another.
+    on_branch = codeherd("apply", "--branch", "texts")
+    assert "one.py is another one on the branch, and is left alone" in on_branch.stderr
+
+
+def test_outside_of_a_repository_every_edit_is_carried_over(
+    codeherd: CommandLine, bench: Bench, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    (folder / "one.py").write_text(FILES["one.py"])
+    codeherd("docstrings", str(folder))
+    (folder / "one.py").write_text(OTHER_ONE)
+
+    done = codeherd("apply", "--in-place")
+
+    assert "1 docstring carried over, 2 left (2 changed)" in done.stderr
+    assert (folder / "one.py").read_text().count('"""') == 2
+
+
+def test_a_branch_with_the_old_file_keeps_it(codeherd: CommandLine, bench: Bench) -> None:
+    codeherd("docstrings", str(bench.root), "--branch", "texts")
+    tip = git(bench.root, "rev-parse", "texts")
+    other_one(bench.root)
+
+    old = codeherd("apply", "--branch", "texts")
+    new = codeherd("apply", "--branch", "anew")
+
+    assert "one.py is another one on the branch, and is left alone" in old.stderr
+    assert git(bench.root, "rev-parse", "texts") == tip
+    assert "2 commits on anew" in new.stderr
+
+
+def test_a_killed_hand_over_is_repeated_without_a_second_docstring(
+    codeherd: CommandLine, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codeherd("docstrings", str(bench.root))
+    other_one(bench.root)
+    expected = patched(bench.root, codeherd("apply").stdout)
+
+    def killed(_rows: Backfills, _file: int, _state: FileState) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Backfills, "set_file_state", killed)
+        assert codeherd("apply", "--in-place").status == ExitCode.INTERRUPTED
+    assert (bench.root / "one.py").read_bytes() == expected["one.py"]
+    commit(bench.root)
+
+    assert codeherd("apply", "--in-place").status == 0
+
+    assert {path: (bench.root / path).read_bytes() for path in FILES} == expected
+
+
+# Commits by owner.
+
+
+def test_commits_may_be_by_owner_and_no_longer_than_wanted(codeherd: CommandLine, bench: Bench) -> None:
+    pkg = bench.root / "pkg"
+    pkg.mkdir()
+    for name in ("six", "seven", "eight"):
+        (pkg / f"{name}.py").write_text(f"def {name}(y):\n    return y\n")
+    (bench.root / ".github").mkdir()
+    (bench.root / ".github" / "CODEOWNERS").write_text("/pkg/ @team/pkg @ada # both\n/one.py @ada\n/two.py\n")
+    commit(bench.root)
+
+    done = codeherd("docstrings", str(bench.root), "--branch", "texts", "--commit", "per-owner")
+    part = codeherd("apply", "--branch", "part", "--commit", "per-owner", "--max-lines", "2")
+
+    assert (done.status, part.status) == (0, 0)
+    assert git(bench.root, "log", "--reverse", "--format=%s", "main..texts").splitlines() == [
+        "Add docstrings for @ada",
+        "Add docstrings for @ada, @team/pkg",
+        "Add docstrings to files without an owner",
+    ]
+    changed = git(bench.root, "diff", "--name-only", "texts~2", "texts~1").split()
+    assert changed == ["pkg/eight.py", "pkg/seven.py", "pkg/six.py"]
+    assert git(bench.root, "log", "--reverse", "--format=%s", "main..part").splitlines() == [
+        "Add docstrings for @ada",
+        "Add docstrings for @ada, @team/pkg (1 of 2)",
+        "Add docstrings for @ada, @team/pkg (2 of 2)",
+        "Add docstrings to files without an owner",
+    ]
+
+
+def test_commits_by_owner_need_a_file_that_names_them_before_anything_is_asked(
+    codeherd: CommandLine, bench: Bench
+) -> None:
+    by_owner = ("--branch", "texts", "--commit", "per-owner")
+
+    done = codeherd("docstrings", str(bench.root / "sub"), *by_owner)
+
+    assert done.status == ExitCode.USAGE
+    assert "has no CODEOWNERS file" in done.stderr
+    assert "--commit per-dir" in done.stderr
+    assert (bench.rows.list(), bench.ran) == ([], [])
+
+
 # Going on.
 
 
@@ -321,6 +551,17 @@ def test_a_run_that_was_interrupted_while_it_was_planned_is_planned_to_the_end(
     resumed = codeherd("resume")
     assert resumed.status == 0
     assert resumed.stdout.count(b"diff --git") == 62
+
+
+def test_a_run_that_is_done_ended_when_it_did_however_often_it_is_resumed(
+    codeherd: CommandLine, bench: Bench
+) -> None:
+    done = codeherd("docstrings", str(bench.root), "--json").document["run"]
+
+    resumed = codeherd("resume", "--json").document["run"]
+
+    assert done["finished_at"] is not None
+    assert resumed == done
 
 
 def test_a_run_with_json_says_how_it_ended_and_no_patch(codeherd: CommandLine, bench: Bench) -> None:
@@ -465,6 +706,25 @@ def test_a_ratchet_starts_holds_and_fails_when_coverage_fell(codeherd: CommandLi
     assert "sub/three.py: 3 missing, 0 before" in words.stderr
 
 
+def test_a_ratchets_file_that_is_made_or_written_anew_is_told_in_a_line(
+    codeherd: CommandLine, root: Path
+) -> None:
+    (root / "broken.py").unlink()
+    held = ("check", str(root), "--ratchet", "ratchet.json")
+
+    made, kept = codeherd(*held), codeherd(*held)
+    (root / "two.py").write_text('def fourth(x):\n    """Say four."""\n    return x\n')
+    written, as_json = codeherd(*held), codeherd(*held, "--json")
+
+    assert made.stderr == "there was no ratchet.json; it is made now: 2 of 8 documented\n"
+    assert (kept.stderr, as_json.stderr) == ("", "")
+    assert written.stderr == "ratchet.json is written anew: 3 of 8 documented, 2 of 8 before\n"
+    Path("ratchet.json").unlink()
+    assert (
+        codeherd(*held, "--json").stderr == "there was no ratchet.json; it is made now: 3 of 8 documented\n"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments", [("-r", "("), ("-w", "("), ("--ratchet", "no/such/folder/ratchet.json"), ("--min", "101")]
 )
@@ -504,6 +764,54 @@ def test_eval_of_code_without_docstrings_has_nothing_to_tell(codeherd: CommandLi
 
     assert (done.status, done.stdout) == (ExitCode.USAGE, b"")
     assert bench.ran == []
+
+
+# Documents.
+
+
+def test_every_json_document_is_as_docs_cli_md_describes_it(codeherd: CommandLine, bench: Bench) -> None:
+    told = Documents()
+    (bench.root / "old.py").write_text(
+        'def old(x):\n    """Return the older value of a row."""\n    return x\n'
+    )
+    commit(bench.root)
+    root = str(bench.root)
+
+    def document(*arguments: str) -> Any:
+        return codeherd(*arguments).document
+
+    found = {
+        "docstrings --dry-run": document("docstrings", root, "--dry-run", "--json"),
+        "docstrings": document("docstrings", root, "--budget-jobs", "1", "--json"),
+        # While a file is asked.
+        "status": document("status", "--json"),
+        "resume": document("resume", "--json"),
+        "runs": document("runs", "--json"),
+        "show": document("show", "first", "--json"),
+        "check": document("check", root, "--json"),
+        "docstrings --check": document("docstrings", root, "--check", "--json"),
+        "eval": document("eval", root, "--json"),
+    }
+    # A symbol that is left for a human.
+    bench.source = hopeless
+    document("docstrings", root, "--no-cache", "--json")
+    found["report --format json"] = document("report", "--format", "json")
+
+    assert {f"backfill {name}" for name in found} == {
+        command for command in told.commands if command.startswith("backfill ")
+    }
+    faults = {name: told.faults(f"backfill {name}", one) for name, one in found.items()}
+    assert faults == {name: [] for name in found}
+
+
+def test_every_verb_that_writes_json_is_in_docs_cli_md_and_every_option_has_help() -> None:
+    told = Documents().commands
+    for name, verb in backfill.commands.items():
+        options = [one for one in verb.params if isinstance(one, click.Option)]
+
+        assert [one.name for one in options if not one.help] == []
+        if any(one.name == "as_json" for one in options):
+            assert f"backfill {name}" in told
 
 
 # What the project says.
@@ -557,6 +865,8 @@ def test_a_kind_that_is_named_is_planned(codeherd: CommandLine, root: Path, data
         (("--patches", "x", "--format-patch", "y"), "usage"),
         (("--commit", "single"), "usage"),
         (("--in-place", "--commit-prefix", "docs: "), "usage"),
+        (("--max-lines", "9"), "usage"),
+        (("--commit", "per-owner", "--branch", "x"), "no_owners_file"),
         (("--min", "80"), "usage"),
         (("--python", "/bin/false"), "interpreter_failed"),
         (("--python", "/no/such/python"), "interpreter_failed"),
@@ -744,3 +1054,57 @@ def test_newer_syntax_is_documented_by_the_interpreter_that_knows_it(
     assert (bench.root / "new.py").read_text().count('"""') == 2
     commit(bench.root)
     assert codeherd("docstrings", str(bench.root), *with_python).stdout == b""
+
+
+def test_newer_syntax_is_counted_by_the_interpreter_that_knows_it(
+    codeherd: CommandLine, root: Path, newer_python: Path
+) -> None:
+    (root / "new.py").write_text('newtype X = int\n\n\ndef eighth(x):\n    """Return it."""\n    return x\n')
+    measure = ("check", str(root), "--json")
+
+    without = codeherd(*measure).document
+    found = codeherd(*measure, "--python", str(newer_python)).document
+
+    assert {one["path"] for one in without["skipped"]} == {"broken.py", "new.py"}
+    assert [one["path"] for one in found["skipped"]] == ["broken.py"]
+    assert [one for one in found["files"] if one not in without["files"]] == [
+        {"path": "new.py", "total": 2, "covered": 1}
+    ]
+    assert len(found["files"]) == len(without["files"]) + 1
+    by_option = codeherd("docstrings", str(root), "--check", "--json", "--python", str(newer_python))
+    assert by_option.document == found
+
+
+def test_docstrings_of_newer_syntax_are_held_back_by_the_interpreter_that_knows_it(
+    codeherd: CommandLine, bench: Bench, newer_python: Path
+) -> None:
+    (bench.root / "sub" / "three.py").unlink()
+    (bench.root / "new.py").write_text(
+        'newtype X = int\n\n\ndef eighth(x):\n    """Return the very same thing."""\n    return x\n'
+    )
+    commit(bench.root)
+    ask = ("eval", str(bench.root), "--json", "--python", str(newer_python))
+
+    without = codeherd("eval", str(bench.root))
+    found = codeherd(*ask).document["evaluation"]
+
+    assert (without.status, "no docstring that could be held back" in without.stderr) == (
+        ExitCode.USAGE,
+        True,
+    )
+    assert (found["cases"], found["files"], found["unread_files"]) == (1, 1, 1)
+    [job_id] = bench.ran
+    request = bench.client.row(job_id).request
+    assert isinstance(request, InfillRequest)
+    assert request.prefix.endswith('def eighth(x):\n    """')
+    assert request.suffix.startswith('"""\n    return x\n')
+
+
+@pytest.mark.parametrize("verb", ["check", "eval"])
+def test_what_is_no_interpreter_is_told_before_anything_is_read(
+    codeherd: CommandLine, root: Path, database_url: str, verb: str
+) -> None:
+    done = codeherd(verb, str(root), "--json", "--python", "/no/such/python")
+
+    assert done.status == ExitCode.USAGE
+    assert done.document["error"]["code"] == "interpreter_failed"

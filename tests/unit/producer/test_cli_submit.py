@@ -8,6 +8,7 @@ import pytest
 
 from codeherd_schema.requests import ChatRequest, GenerateRequest, InfillRequest, Overflow, Request
 from codeherd_schema.store import Store
+from tests.by_hand import finish
 from tests.unit.producer.conftest import CommandLine
 
 
@@ -259,3 +260,54 @@ def test_quiet_leaves_notes_out_and_errors_in(command_line: CommandLine) -> None
     done = command_line("--quiet", "submit", "generate", "x", "--wait", "--timeout", "0")
 
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
+
+
+def test_wait_says_once_which_pauses_keep_the_job_from_starting(
+    command_line: CommandLine, store: Store
+) -> None:
+    ask = ("submit", "generate", "x", "--wait", "--timeout", "0")
+    command_line("pause", "model", "codellama-7b")
+    command_line("pause", "batch", "nightly")
+    free = command_line(*ask)
+    command_line("pause", "model", "tiny", "--reason", "new driver")
+    command_line("pause", "tenant", "default")
+
+    kept = command_line(*ask)
+    quiet = command_line("--quiet", *ask)
+
+    assert "paused" not in free.stderr
+    assert kept.stderr.splitlines()[1:3] == [
+        "note: model tiny is paused (new driver): nothing of it starts before `codeherd resume model tiny`",
+        "note: tenant default is paused: nothing of it starts before `codeherd resume tenant default`",
+    ]
+    assert kept.stderr.count("is paused") == 2
+    assert "paused" not in quiet.stderr
+    assert "paused" not in command_line("submit", "generate", "x").stderr
+
+
+def test_wait_for_a_job_that_ended_before_says_nothing_of_pauses(
+    command_line: CommandLine, store: Store
+) -> None:
+    ask = ("submit", "generate", "x", "--idempotency-key", "k")
+    finish(store, command_line(*ask).text.strip())
+    command_line("pause", "model", "tiny")
+
+    done = command_line(*ask, "--wait")
+
+    assert (done.status, done.text) == (0, "pass")
+    assert "paused" not in done.stderr
+
+
+def test_wait_for_a_file_of_jobs_says_what_is_paused_of_it(command_line: CommandLine) -> None:
+    # The last of them is not read together with the others.
+    models = ["tiny"] * 500 + ["codellama-7b"]
+    lines = [{"kind": "generate", "prompt": "x", "model": model} for model in models]
+    Path("jobs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    command_line("pause", "model", "codellama-7b")
+    command_line("pause", "model", "codellama-13b")
+    command_line("pause", "batch", "nightly")
+
+    done = command_line("submit", "jsonl", "jobs.jsonl", "--batch", "nightly", "--wait", "--timeout", "0")
+
+    told = [line.partition(" is paused")[0] for line in done.stderr.splitlines() if " is paused" in line]
+    assert told == ["note: model codellama-7b", "note: batch nightly"]

@@ -602,6 +602,33 @@ def test_commits_are_per_file_per_folder_or_one() -> None:
     assert grouped({}, Grouping.SINGLE) == []
 
 
+def test_commits_are_by_owner() -> None:
+    owners = {
+        "a.py": ("@a",),
+        "b/c.py": (),
+        "b/d.py": ("@a", "@b"),
+        "c.py": ("@a", "@b", "@c", "@d", "x\n@e"),
+        "d.py": ("@a",),
+        "e.py": ("@1", "@2", "@3", "@4"),
+        "f.py": (),
+    }
+    gains = dict.fromkeys(owners, 10)
+
+    assert titles(grouped(gains, Grouping.OWNER, owners_of=owners.__getitem__)) == [
+        ("Add docstrings for @a", ("a.py", "d.py")),
+        ("Add docstrings to files without an owner", ("b/c.py", "f.py")),
+        ("Add docstrings for @a, @b", ("b/d.py",)),
+        ("Add docstrings for @a, @b, @c and 2 others", ("c.py",)),
+        ("Add docstrings for @1, @2, @3 and 1 other", ("e.py",)),
+    ]
+    assert titles(grouped(gains, Grouping.OWNER, owners_of=owners.__getitem__, most_lines=19))[:2] == [
+        ("Add docstrings for @a (1 of 2)", ("a.py",)),
+        ("Add docstrings for @a (2 of 2)", ("d.py",)),
+    ]
+    [odd] = grouped({"a.py": 1}, Grouping.OWNER, owners_of=lambda _: ("@a\x1b",))
+    assert odd.title == r'Add docstrings for "@a\033"'
+
+
 paths = st.lists(st.sampled_from("ab"), min_size=1, max_size=3).map(lambda parts: "/".join(parts) + ".py")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from codeherd_producer.backfill.coverage import Count, Ignored, counted, measure, meets, of_file
+from codeherd_producer.backfill.interpreters import Interpreter
 from codeherd_producer.backfill.scanner import scan
 
 #: Runs interrogate's own command line for each list of flags, and prints numbers in place of its table.
@@ -276,8 +278,10 @@ def interrogate(root: Path, runs: Sequence[list[str]]) -> list[dict[str, Any]]:
     return answers
 
 
-def numbers(root: Path, ignoring: Ignored, *, skipped: int = 0) -> dict[str, Any]:
-    found = measure(root, ignoring)
+def numbers(
+    root: Path, ignoring: Ignored, *, skipped: int = 0, other: Interpreter | None = None
+) -> dict[str, Any]:
+    found = measure(root, ignoring, other)
     assert len(found.skipped) == skipped, found.skipped
     assert (found.total, found.covered) == (
         sum(file.total for file in found.files),
@@ -301,6 +305,55 @@ def test_numbers_are_interrogates_for_every_flag_and_shape(tmp_path: Path) -> No
     assert dict(zip(FLAGS, ours, strict=True)) == dict(zip(FLAGS, theirs, strict=True))
     # Each flag has something to do: none gives the numbers of no flag at all.
     assert all((one["total"], one["covered"]) != (ours[0]["total"], ours[0]["covered"]) for one in ours[1:])
+
+
+def test_numbers_of_newer_syntax_are_those_that_interrogate_has_where_it_is_known(
+    tmp_path: Path, newer_python: Path
+) -> None:
+    # What only the newer one reads stands last, where no docstring is looked for; its place is an assignment.
+    ends = {"newer": "newtype X = int\n", "plain": "X         = int\n"}
+    newer, plain = (
+        put(tmp_path / name, {path: f"{text}\n{end}" for path, text in SHAPES.items()})
+        for name, end in ends.items()
+    )
+
+    theirs = interrogate(plain, [flags for flags, _ in FLAGS.values()])
+
+    assert numbers(newer, Ignored(), skipped=len(theirs[0]["files"]))["files"] == {}
+    with Interpreter(newer_python) as other:
+        ours = [numbers(newer, ignoring, other=other) for _, ignoring in FLAGS.values()]
+    assert dict(zip(FLAGS, ours, strict=True)) == dict(zip(FLAGS, theirs, strict=True))
+
+
+def test_the_other_interpreter_is_asked_only_about_what_this_one_cannot_read(
+    tmp_path: Path, newer_python: Path
+) -> None:
+    put(tmp_path, {"a.py": "def f(): 'Doc.'\n", "b.py": "newtype X = int\n", "c.py": "def f(:\n"})
+
+    with Interpreter(newer_python) as other:
+        found = measure(tmp_path, Ignored(), other)
+    # One that is not there is not missed where it is not needed.
+    for name in ("b.py", "c.py"):
+        (tmp_path / name).unlink()
+    alone = measure(tmp_path, Ignored(), Interpreter(tmp_path / "no-python"))
+
+    assert [(file.path, file.total, file.covered) for file in found.files] == [("a.py", 2, 1), ("b.py", 1, 0)]
+    assert [file.path for file in found.skipped] == ["c.py"]
+    assert alone.files == found.files[:1]
+
+
+def test_a_decorator_of_newer_syntax_is_known_by_its_end() -> None:
+    symbols = scan(b"class A:\n    @x.setter\n    def f(self): ...\n    @y\n    def g(self): ...\n").symbols
+    newer = [
+        dataclasses.replace(one, decorators=("newtype(t'{x!r:>{y}}' as z).setter",))
+        if one.decorators == ("x.setter",)
+        else one
+        for one in symbols
+    ]
+
+    for ignoring in (Ignored(setters=True), Ignored(property_decorators=True)):
+        for found in (counted(symbols, ignoring), counted(newer, ignoring)):
+            assert [symbol.name for symbol, _ in found or ()] == ["", "A", "A.g"]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from codeherd_producer.backfill.evaluation import (
     sampled,
     without,
 )
+from codeherd_producer.backfill.interpreters import Interpreter
 from codeherd_producer.backfill.scanner import DEFINITIONS, Scan, Symbol, scan
 from codeherd_producer.backfill.selection import Selection
 from codeherd_schema.errors import InvalidRequest
@@ -258,6 +259,35 @@ def test_a_file_that_cannot_be_read_ends_nothing(tree: Path) -> None:
 
     assert found.unread == 1
     assert len(found.places) == 5
+
+
+def test_newer_syntax_is_held_back_by_the_interpreter_that_knows_it(
+    tree: Path, tmp_path: Path, newer_python: Path
+) -> None:
+    expected, plain = held_back(tree), sampled(tree, 100)
+    # An assignment for all but the newer one, and of the same length: whatever is found, is found there.
+    (tree / "shop.py").write_text(SHOP.replace("import os\n", "newtype X = int\n"))
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "shop.py").write_text('newtype X = int\nclass Shop:\n    """A place that sells things."""\n')
+
+    assert (sampled(tree, 100).places, sampled(tree, 100).unread) == ((), 1)
+    with Interpreter(newer_python) as other:
+        found = sampled(tree, 100, other=other)
+        held = {one.place.name: one for one in cases(tree, found, budget=BUDGET, other=other)}
+        new = sampled(tree, 100, new_since=old, other=other)
+
+    assert found == plain
+    assert list(cases(tree, found, budget=BUDGET)) == []
+    assert held.keys() == expected.keys()
+    for name, one in held.items():
+        then = expected[name]
+        assert (one.reference, one.neighbour, one.paper) == (then.reference, then.neighbour, then.paper)
+        assert one.own.suffix == then.own.suffix
+        assert one.own.prefix.endswith(then.own.prefix.removeprefix("import os\n\n\n"))
+        assert graded(one, one.reference, POLICY) == graded(then, then.reference, POLICY)
+    assert {place.name for place in found.places} - {place.name for place in new.places} == {"Shop"}
+    assert new.unread == 0
 
 
 def test_what_changed_after_the_choice_has_no_case(tree: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codeherd_producer.backfill.files import FileReason, find
+from codeherd_producer.backfill.files import FileReason, find, is_dirty, look
 from codeherd_producer.backfill.git import Git, GitFailed
 
 
@@ -166,3 +166,49 @@ def test_a_patch_is_tried_without_being_applied(repository: Path) -> None:
     assert not known.applies(patch.replace(b"-x = 1", b"-x = 7"))
     assert known.blob_id(b"x = 1\n") == git(repository, "rev-parse", "HEAD:a.py")
     assert known.dirty() == set()
+
+
+def test_one_file_is_looked_at_as_all_are_but_for_its_changes(repository: Path) -> None:
+    put(
+        repository,
+        a_py="x = 2\n",
+        vendor__c_py="c = 1\n",
+        pkg__made_py="m = 1\n",
+        lfs_py="version https://git-lfs\n",
+    )
+    (repository / ".gitattributes").write_text("pkg/made.py linguist-generated\n")
+    (repository / "link.py").symlink_to("a.py")
+
+    together = {file.path: file for file in find(repository, allow_dirty=True)}
+
+    assert {path: look(repository, path) for path in together} == together
+    assert {file.reason for file in together.values()} == {
+        None,
+        FileReason.VENDORED,
+        FileReason.GENERATED,
+        FileReason.LFS,
+        FileReason.SYMLINK,
+    }
+    assert look(repository / "pkg", "made.py").reason is FileReason.GENERATED
+    assert look(repository, "gone.py").reason is FileReason.GONE
+
+
+def test_a_file_is_dirty_until_its_changes_are_committed(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    put(repository, a_py="x = 2\n", new_py="n = 1\n", pkg__b_py="y = 2\n")
+    git(repository, "add", "pkg/b.py")
+    odd = repository / "*.py"
+    odd.write_text("o = 1\n")
+    git(repository, "add", "./[*].py")
+    git(repository, "commit", "-m", "odd", "--", ":(literal)*.py")
+    plain = tmp_path_factory.mktemp("plain")
+    put(plain, a_py="x = 1\n")
+
+    paths = ["a.py", "new.py", "pkg/b.py", "pkg/tests/test_b.py", "*.py"]
+    assert [is_dirty(repository, path) for path in paths] == [True, True, True, False, False]
+    assert is_dirty(repository / "pkg", "b.py")
+    git(repository, "add", ".")
+    git(repository, "commit", "-m", "all")
+    assert not any(is_dirty(repository, path) for path in paths)
+    assert not is_dirty(plain, "a.py")

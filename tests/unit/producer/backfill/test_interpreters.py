@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codeherd_producer.backfill.interpreters import Interpreter, InterpreterFailed, scanned
+from codeherd_producer.backfill.interpreters import Interpreter, InterpreterFailed, borrowed, scanned
 from codeherd_producer.backfill.scanner import Unreadable, scan
 
 HERE = Path(sys.executable)
@@ -102,3 +102,12 @@ def test_an_interpreter_that_is_not_there_is_refused(tmp_path: Path) -> None:
         other.check()
     with pytest.raises(InterpreterFailed, match="no-python"):
         other.scan(b"")
+
+
+def test_an_interpreter_is_lent_if_one_is_named_and_is_seen_to_work(tmp_path: Path) -> None:
+    with borrowed(None) as other:
+        assert other is None
+    with borrowed(str(HERE)) as other:
+        assert scanned(b"x = 1", other) == scan(b"x = 1")
+    with pytest.raises(InterpreterFailed, match="status 3"), borrowed(script(tmp_path, "exit 3")):
+        pytest.fail("lent what does not work")

@@ -10,7 +10,7 @@ import pytest
 
 from codeherd_producer.backfill.git import GitFailed
 from codeherd_producer.backfill.interpreters import InterpreterFailed
-from codeherd_producer.backfill.planner import PlannedFile, Wanted, plan, read
+from codeherd_producer.backfill.planner import PlannedFile, Wanted, plan, plan_again, read
 from codeherd_producer.backfill.scanner import Unreadable
 from codeherd_producer.backfill.selection import Selection
 from codeherd_schema.errors import InvalidRequest
@@ -258,3 +258,45 @@ def test_a_file_is_read_again_the_same_way(tmp_path: Path, newer_python: Path) -
         read(tmp_path, "b.py", None)
     with pytest.raises(FileNotFoundError):
         read(tmp_path, "gone.py", None)
+
+
+def test_one_file_is_planned_again_as_all_are(tmp_path: Path, newer_python: Path) -> None:
+    base = 'class Base:\n    def f(self):\n        """Say it."""\n        return 1\n'
+    put(
+        tmp_path,
+        {
+            "pkg/__init__.py": "",
+            "pkg/base.py": base,
+            "pkg/a.py": "from pkg.base import Base\n\n\nclass A(Base):\n    def f(self):\n        return 2\n",
+            "test_a.py": FUNCTION,
+            "new.py": NEW + FUNCTION,
+            "broken.py": "def f(:\n",
+            "made.py": "# @generated\n" + FUNCTION,
+        },
+    )
+    wanted = Wanted(selection=Selection(private=True, exclude=(re.compile("^g"),)), python=newer_python)
+
+    together = planned(tmp_path, wanted)
+
+    assert {path: plan_again(tmp_path, path, wanted) for path in together} == together
+    assert together["pkg/a.py"].passed_over["override"] == 1
+    assert [len(together[path].targets) for path in ("new.py", "test_a.py", "broken.py")] == [1, 0, 0]
+
+
+def test_a_file_with_changes_is_planned_again_when_they_are_committed(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    put(tmp_path, {"a.py": FUNCTION})
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    put(tmp_path, {"a.py": FUNCTION + "\n\n" + FUNCTION.replace(" f(", " g(")})
+
+    dirty = plan_again(tmp_path, "a.py", Wanted())
+    allowed = plan_again(tmp_path, "a.py", Wanted(allow_dirty=True))
+    git(tmp_path, "commit", "--all", "-m", "second")
+    # The first commit is long before; only a plan of all asks what was changed since.
+    clean = plan_again(tmp_path, "a.py", Wanted(changed_since="HEAD"))
+
+    assert (dirty.reason, dirty.targets) == ("has changes that are not committed", ())
+    assert dirty.scan == allowed.scan
+    assert [symbol.name for symbol in allowed.targets] == ["f", "g"]
+    assert clean == allowed

@@ -12,7 +12,7 @@ import pytest
 
 from codeherd_producer.backfill.docstrings import Convention
 from codeherd_producer.backfill.options import Options
-from codeherd_producer.backfill.outcome import EditedFile, LeftAlone, edited_files
+from codeherd_producer.backfill.outcome import EditedFile, LeftAlone, Loss, edited_file, edited_files
 from codeherd_producer.backfill.run import Backfill, Limits
 from codeherd_producer.backfill.selection import Selection
 from codeherd_producer.client import Client
@@ -197,6 +197,9 @@ class Fragile(Backfills):
     def set_state(self, *a: Any, **k: Any) -> Any:
         return self._through(lambda: super(Fragile, self).set_state(*a, **k))
 
+    def replan(self, *a: Any, **k: Any) -> Any:
+        return self._through(lambda: super(Fragile, self).replan(*a, **k))
+
 
 @pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
 def test_a_run_killed_at_any_write_comes_to_the_same_end_and_asks_nothing_twice(
@@ -270,13 +273,254 @@ def test_a_job_that_failed_is_a_reason_and_runs_again_for_the_next_run(bench: Be
 def test_a_file_that_changes_while_its_jobs_run_is_left_alone(bench: Bench) -> None:
     run = bench.create()
     Backfill(bench.client, bench.rows, run).plan()
-    assert bench.carry(run, limits=Limits(jobs=1)) is RunState.STOPPED
+    assert bench.carry(run, limits=Limits(jobs=TARGETS)) is RunState.STOPPED
     (bench.root / "two.py").write_bytes(b"def other(): ...\n")
 
     assert bench.carry(run) is RunState.DONE
 
     assert bench.states(run)["two.py"] is FileState.CHANGED
     assert list(bench.edited(run)) == ["one.py"]
+
+
+def test_a_file_that_changes_before_anything_is_asked_for_it_is_planned_anew(
+    bench: Bench,
+) -> None:
+    run = bench.create()
+    Backfill(bench.client, bench.rows, run).plan()
+    before = bench.rows.file(run.id, "two.py")
+    (bench.root / "one.py").write_bytes(b'def first(a, b):\n    """Add them."""\n    return a + b\n')
+    (bench.root / "two.py").write_bytes(b"\r\n\r\ndef fifth(y):\r\n    return y\r\n")
+    (bench.root / "sub" / "three.py").unlink()
+
+    assert bench.carry(run) is RunState.DONE
+
+    assert bench.states(run) == {
+        "broken.py": FileState.SKIPPED,
+        "one.py": FileState.DONE,
+        # Without a target it was done when it was planned.
+        "sub/three.py": FileState.DONE,
+        "two.py": FileState.DONE,
+    }
+    after = bench.rows.file(run.id, "two.py")
+    assert before is not None
+    assert after is not None
+    assert after.sha256 != before.sha256
+    [target] = bench.rows.targets(after.id)
+    assert (target.name, target.line) == ("fifth", 3)
+    assert len(bench.ran) == bench.rows.progress(run.id).asked == 1
+    assert bench.edited(run)["two.py"].startswith(b'\r\n\r\ndef fifth(y):\r\n    """')
+    # What a new run makes of it.
+    anew = bench.create()
+    bench.carry(anew)
+    assert bench.edited(anew) == bench.edited(run)
+
+
+@pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
+def test_a_run_killed_where_a_file_is_planned_anew_comes_to_the_same_end(
+    bench: Bench, database_url: str, is_after: bool
+) -> None:
+    run = bench.create()
+    Backfill(bench.client, bench.rows, run).plan()
+    (bench.root / "two.py").write_bytes(b"def fifth(y):\n    return y\n")
+    with contextlib.closing(Fragile.open(database_url)) as fragile:
+        # To be running, and the verdicts and questions of one.py, come before.
+        fragile.prepare(4, is_after=is_after)
+        with pytest.raises(Killed):
+            bench.carry(run, fragile)
+    file = bench.rows.file(run.id, "two.py")
+    assert file is not None
+    assert [one.name for one in bench.rows.targets(file.id)] == ["fifth" if is_after else "fourth"]
+
+    assert bench.carry(run) is RunState.DONE
+
+    assert bench.states(run)["two.py"] is FileState.DONE
+    assert len(bench.ran) == len(set(bench.ran)) == TARGETS
+    assert b'def fifth(y):\n    """' in bench.edited(run)["two.py"]
+
+
+def test_a_file_that_is_gone_before_anything_is_asked_is_left_alone(bench: Bench) -> None:
+    run = bench.create()
+    Backfill(bench.client, bench.rows, run).plan()
+    (bench.root / "two.py").unlink()
+
+    assert bench.carry(run) is RunState.DONE
+
+    gone = bench.rows.file(run.id, "two.py")
+    assert gone is not None
+    assert (gone.state, gone.reason) == (FileState.CHANGED, "changed since it was planned; cannot be read")
+
+
+# Files that were changed when all texts were there.
+
+#: `one.py` with another function first, and another body of the method.
+OTHER_ONE = "import os\n\n\ndef zeroth():\n    return os.sep\n\n\n" + FILES["one.py"].replace("3\n", "4\n")
+
+
+def text_of(bench: Bench, run: Run, name: str) -> str:
+    [(_, target)] = bench.rows.targets_named(run.id, name)
+    assert target.text is not None
+    return target.text
+
+
+def handed(bench: Bench, run: Run, path: str) -> EditedFile | LeftAlone:
+    """What becomes of one file now."""
+    file = bench.rows.file(run.id, path)
+    assert file is not None
+    return edited_file(bench.rows, run, file)
+
+
+def test_texts_are_carried_over_to_symbols_whose_code_is_the_same(bench: Bench) -> None:
+    run = bench.create()
+    bench.carry(run)
+    (bench.root / "one.py").write_text(OTHER_ONE)
+
+    found = handed(bench, run, "one.py")
+
+    assert isinstance(found, EditedFile)
+    assert found.before == OTHER_ONE.encode()
+    header = "def first(a, b):\n"
+    text = text_of(bench, run, "first")
+    assert found.after.decode() == OTHER_ONE.replace(header, f'{header}    """{text}"""\n')
+    assert (found.is_carried, found.names) == (True, ("first",))
+    # The class around another method is another class.
+    assert found.lost == {Loss.CHANGED: 2}
+    assert handed(bench, run, "one.py") == found
+
+
+def test_what_was_carried_over_is_there_the_next_time_and_the_rest_is_still_left(bench: Bench) -> None:
+    run = bench.create()
+    bench.carry(run)
+    (bench.root / "one.py").write_text(OTHER_ONE)
+    first = handed(bench, run, "one.py")
+    assert isinstance(first, EditedFile)
+    (bench.root / "one.py").write_bytes(first.after)
+
+    again = handed(bench, run, "one.py")
+
+    assert isinstance(again, LeftAlone)
+    assert not again.has_docstrings
+    assert again.lost == {Loss.DOCUMENTED: 1, Loss.CHANGED: 2}
+
+
+def test_another_order_other_line_ends_and_blank_lines_are_no_other_code(bench: Bench) -> None:
+    run = bench.create()
+    bench.carry(run)
+    function, _, rest = FILES["one.py"].partition("\n\n\n")
+    turned = f"{rest}\n\n\n\n{function}\n".replace("\n", "\r\n")
+    (bench.root / "one.py").write_bytes(turned.encode())
+
+    found = handed(bench, run, "one.py")
+
+    assert isinstance(found, EditedFile)
+    assert (found.names, found.lost) == (("Second", "Second.third", "first"), {})
+    assert found.after.count(b"\n") == found.after.count(b"\r\n") == turned.count("\n") + 4
+    (bench.root / "one.py").write_bytes(found.after)
+    assert handed(bench, run, "one.py") == LeftAlone(found.file, has_docstrings=True)
+
+
+def test_a_symbol_that_got_a_docstring_meanwhile_keeps_it_and_the_class_around_gets_its_own(
+    bench: Bench,
+) -> None:
+    run = bench.create()
+    bench.carry(run)
+    mine = FILES["one.py"].replace("        return 3", '        """Mine."""\n        return 3')
+    (bench.root / "one.py").write_text(mine)
+
+    found = handed(bench, run, "one.py")
+
+    assert isinstance(found, EditedFile)
+    assert (found.names, found.lost) == (("first", "Second"), {Loss.DOCUMENTED: 1})
+    assert b'        """Mine."""\n        return 3\n' in found.after
+
+
+def test_twins_are_told_apart_by_number_and_code(bench: Bench) -> None:
+    (bench.root / "two.py").unlink()
+    twins = "if 1:\n    def f(x):\n        return x\nelse:\n    def f(x):\n        return -x\n"
+    (bench.root / "one.py").write_text(twins)
+    run = bench.create()
+    bench.carry(run)
+    texts = [target.text for _, target in bench.rows.targets_named(run.id, "f")]
+
+    (bench.root / "one.py").write_text(f"import os\n{twins}")
+    moved = handed(bench, run, "one.py")
+    (bench.root / "one.py").write_text(twins.replace("return x", "return 1"))
+    changed = handed(bench, run, "one.py")
+    (bench.root / "one.py").write_text(f"def f(x):\n    return 0\n{twins}")
+    shifted = handed(bench, run, "one.py")
+    (bench.root / "one.py").write_text("if 1:\n    def f(x):\n        return x\n")
+    shorter = handed(bench, run, "one.py")
+
+    assert isinstance(moved, EditedFile)
+    assert re.findall('"""(.*)"""', moved.after.decode()) == texts
+    assert isinstance(changed, EditedFile)
+    assert re.findall('"""(.*)"""', changed.after.decode()) == texts[1:]
+    assert changed.lost == {Loss.CHANGED: 1}
+    # Numbers are another's now: nobody gets what was written for somebody else.
+    assert isinstance(shifted, LeftAlone)
+    assert shifted.lost == {Loss.CHANGED: 2}
+    assert isinstance(shorter, EditedFile)
+    assert shorter.lost == {Loss.GONE: 1}
+    assert re.findall('"""(.*)"""', shorter.after.decode()) == texts[:1]
+
+
+@pytest.mark.parametrize(
+    ("now", "reason", "lost"),
+    [
+        (None, "cannot be read", {}),
+        (b"def (:\n", "syntax: invalid syntax", {}),
+        (b"# backfill: skip-file\ndef fourth(x):\n    return x\n", "marked in its head", {}),
+        (
+            b"# backfill: skip\ndef fourth(x):\n    return x\n",
+            "none of its symbols can take a text",
+            {Loss.UNWANTED: 1},
+        ),
+        (b"def fifth(x):\n    return x\n", "none of its symbols can take a text", {Loss.GONE: 1}),
+        (
+            # Latin-1 has no Ω.
+            b"# coding: latin-1\ndef fourth(x):\n    return x\n",
+            "none of its symbols can take a text",
+            {Loss.UNSAFE: 1},
+        ),
+    ],
+    ids=["gone", "broken", "file marked", "marked", "renamed", "other encoding"],
+)
+def test_a_file_without_a_place_for_any_text_is_left_alone(
+    bench: Bench, now: bytes | None, reason: str, lost: dict[Loss, int]
+) -> None:
+    bench.source = lambda request, seed: fine(request, seed).replace(".", " of Ω.")
+    run = bench.create()
+    bench.carry(run)
+    if now is None:
+        (bench.root / "two.py").unlink()
+    else:
+        (bench.root / "two.py").write_bytes(now)
+
+    found = handed(bench, run, "two.py")
+
+    assert found == LeftAlone(found.file, reason=reason, lost=lost)
+
+
+def test_files_that_only_the_other_interpreter_reads_are_carried_over_by_it(
+    bench: Bench, newer_python: Path
+) -> None:
+    function = "\n\ndef sixth():\n    return os.sep\n"
+    (bench.root / "newer.py").write_text(f"import os\nnewtype X = int\n{function}")
+    run = bench.create(bench.options(python=str(newer_python)))
+    bench.carry(run)
+    text = text_of(bench, run, "sixth")
+    (bench.root / "newer.py").write_text(f"import os\nnewtype X = int\nnewtype X = str\n{function}")
+    # One that both read has become one of the other's.
+    (bench.root / "two.py").write_text("newtype X = int\n\n\n" + FILES["two.py"].replace("\r\n", "\n"))
+
+    found = handed(bench, run, "newer.py")
+    other = handed(bench, run, "two.py")
+
+    assert isinstance(found, EditedFile)
+    assert found.after.decode().endswith(
+        f'newtype X = str\n\n\ndef sixth():\n    """{text}"""\n    return os.sep\n'
+    )
+    assert isinstance(other, EditedFile)
+    assert other.names == ("fourth",)
 
 
 def test_a_file_that_changes_after_its_texts_came_is_left_alone_unless_it_has_them(bench: Bench) -> None:
@@ -299,6 +543,8 @@ def test_a_budget_ends_the_work_and_a_resumed_run_asks_only_the_rest(bench: Benc
     run = bench.create()
     assert bench.carry(run, limits=Limits(jobs=1)) is RunState.STOPPED
     assert bench.rows.get(run.id).state is RunState.STOPPED
+    # One file was begun, and is asked as a whole.
+    assert list(bench.states(run).values()).count(FileState.ASKED) == 1
     bench.work()
 
     assert bench.carry(run) is RunState.DONE
