@@ -199,7 +199,7 @@ class Backfill:
         return state
 
     def _turn(self, most: int | None) -> tuple[int, list[str]]:
-        """Judge the files that are answered, and open more while there is room and fewer than `most` are asked.
+        """Judge the files that are answered, and open more while there is room and not yet `most` are asked.
 
         Returns:
             How many files were taken up, and the new jobs.
