@@ -88,6 +88,14 @@ def waiting_by_list(lists: redis.Redis) -> list[list[bytes]]:
     return found
 
 
+def published(lists: redis.Redis, count: int) -> list[bytes]:
+    """Return so many messages that wait: a dispatcher may be about to send what a client has just submitted."""
+    wait_until(lambda: len(waiting(lists)) >= count, f"{count} messages to wait")
+    found = waiting(lists)
+    assert len(found) == count
+    return found
+
+
 def wait_taken(lists: redis.Redis) -> None:
     wait_until(lambda: not waiting(lists), "every message to be taken")
 
@@ -124,8 +132,7 @@ def test_f5_copies_out_of_order_are_claimed_once(
 ) -> None:
     hold, first = busy(herd, "f5-copies")
     job_ids = submit(herd, 30)
-    raws = waiting(lists)
-    assert len(raws) == 30
+    raws = published(lists, 30)
 
     push_shuffled(lists, raws * 5, rng)
     hold.unlink()
@@ -141,7 +148,7 @@ def test_f5_messages_of_ended_jobs_change_nothing(
 ) -> None:
     hold, first = busy(herd, "f5-ended")
     job_ids = submit(herd, 20)
-    raws = waiting(lists)
+    raws = published(lists, 20)
     hold.unlink()
     herd.wait_state([*first, *job_ids], JobState.SUCCEEDED)
     before = herd.store.get_many(job_ids), herd.store.results(job_ids)
@@ -160,7 +167,7 @@ def test_f5_a_running_jobs_message_starts_it_on_no_other_worker(herd: NullHerd, 
     full, first = busy(herd, "f5-full")
     hold = herd.hold("f5-running")
     job = herd.client.submit(GenerateRequest(prompt=held(hold)))
-    [raw] = waiting(lists)
+    [raw] = published(lists, 1)
     full.unlink()
     herd.wait_state([job.id], JobState.RUNNING)
     before = job.row
@@ -184,7 +191,7 @@ def test_f14_workers_live_through_garbage_among_two_hundred_jobs(
 ) -> None:
     hold, first = busy(herd, "f14")
     submit_one = submit(herd, 1)
-    [good] = waiting(lists)
+    [good] = published(lists, 1)
     before = pids(herd)
     stop = threading.Event()
     pushed = 0
@@ -305,7 +312,7 @@ def test_f20_a_message_for_a_task_unknown_here_is_dropped_and_its_job_kept(
     before = pids(herd)
     hold, first = busy(herd, "f20")
     [job_id] = submit(herd, 1)
-    [raw] = waiting(lists)
+    [raw] = published(lists, 1)
     assert b"codeherd.generate" in raw
     # A newer producer's hint: its job is due, and no worker here knows the task.
     lists.delete(*LISTS)
