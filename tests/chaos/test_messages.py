@@ -89,7 +89,7 @@ def waiting_by_list(lists: redis.Redis) -> list[list[bytes]]:
 
 
 def published(lists: redis.Redis, count: int) -> list[bytes]:
-    """Return so many messages that wait: a dispatcher may be about to send what a client has just submitted."""
+    """Return the messages that wait, so many; the dispatcher may be about to send what was just submitted."""
     wait_until(lambda: len(waiting(lists)) >= count, f"{count} messages to wait")
     found = waiting(lists)
     assert len(found) == count
