@@ -222,7 +222,7 @@ class Store(Submissions, Leases, Janitor, Hints, Pauses):
         is_queued = state_is(JobState.QUEUED)
         statement = (
             update(jobs)
-            .where(jobs.c.id == job_id, state_is(*sources(Move.CANCEL)))
+            .where(jobs.c.id == job_id, unseen_state_is(*sources(Move.CANCEL)))
             .values(
                 cancel_requested_at=func.coalesce(jobs.c.cancel_requested_at, now()),
                 # One statement for both: between two the job could slip from one state to the other.
@@ -249,7 +249,7 @@ class Store(Submissions, Leases, Janitor, Hints, Pauses):
         """
         statement = (
             update(jobs)
-            .where(jobs.c.id == job_id, state_is(*sources(Move.REQUEUE)))
+            .where(jobs.c.id == job_id, unseen_state_is(*sources(Move.REQUEUE)))
             .values(
                 state=target(Move.REQUEUE).value,
                 attempt=0,

@@ -37,7 +37,7 @@ def test_a_workload_is_the_same_each_time_and_new_each_round(tiny: BenchModel, n
     ("name", "count", "prompts", "answers"),
     [
         ("ragged", 64, range(32, 257), range(16, 129)),
-        ("backfill", 48, range(128, 1001), range(16, 33)),
+        ("backfill", 48, range(128, 1441), range(16, 33)),
         ("long", 8, range(1900, 1921), range(32, 33)),
         ("single", 8, range(64, 65), range(64, 65)),
     ],
