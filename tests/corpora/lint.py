@@ -6,11 +6,11 @@ read are left out of both copies: interrogate gives up altogether at a byte orde
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,12 @@ from tests.corpora.passes import WIDTH, Passed, over_folder
 
 #: D203 and D213 contradict D211 and D212.
 _RULES: Final = ("--select", "D,E,W,F", "--ignore", "D203,D213")
-#: A blank line after a header stands after the docstring now; it is the file's own, and stays.
-_KNOWN: Final = frozenset({"D202"})
+#: Blank lines after a header stand after the docstring now; they are the file's own, and stay: one is too
+#: many for a function, two for a class.
+_OF_BLANK_LINES: Final = frozenset({"D202", "D204"})
+#: A docstring is indented as its file is: with tabs, where there were tabs before.
+_OF_TABS: Final = frozenset({"D206", "W191"})
+_FINDING: Final = re.compile(r"(?P<path>.+?):\d+:\d+: (?P<rule>[A-Z]+\d+|invalid-syntax)")
 _ACTUAL: Final = re.compile(r"actual: ([\d.]+)%")
 
 
@@ -32,7 +36,7 @@ class Compared:
     files: int
     #: Findings before and after, by rule.
     rules: Mapping[str, tuple[int, int]]
-    #: Rules with more findings than before, but for D202.
+    #: Rules with more findings than before, but for those of blank lines, and those of tabs in files of tabs.
     new: frozenset[str]
     #: interrogate's percentages before and after; None where it was not asked.
     coverage: tuple[float, float] | None
@@ -60,11 +64,12 @@ def compare(folder: Path, interrogate: Path | None, *, processes: int, every: in
 
         over_folder(folder, "accepting", processes=processes, every=every, keep=keep)
         old, new = _findings(before), _findings(after)
-        rules = {rule: (old.get(rule, 0), new.get(rule, 0)) for rule in sorted(old | new)}
+        was, now = _by_rule(old), _by_rule(new)
+        rules = {rule: (was[rule], now[rule]) for rule in sorted(was | now)}
         return Compared(
             files=sum(1 for _ in after.rglob("*.py")),
             rules={rule: pair for rule, pair in rules.items() if pair[0] != pair[1]},
-            new=frozenset(rule for rule, (was, now) in rules.items() if now > was) - _KNOWN,
+            new=_new(old, new),
             coverage=None
             if interrogate is None
             else (_coverage(interrogate, before), _coverage(interrogate, after)),
@@ -84,13 +89,33 @@ def _write(path: Path, raw: bytes) -> None:
     path.write_bytes(raw)
 
 
-def _findings(folder: Path) -> dict[str, int]:
+def _findings(folder: Path) -> Counter[tuple[str, str]]:
+    """Count ruff's findings by file and rule."""
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--no-respect-gitignore"]
     command += ["--exit-zero", "--target-version", "py311", "--line-length", str(WIDTH), *_RULES]
     done = subprocess.run(
-        [*command, "--statistics", "--output-format", "json", str(folder)], check=True, capture_output=True
+        [*command, "--output-format", "concise", "."], check=True, capture_output=True, text=True, cwd=folder
     )
-    return {str(one["code"]): int(one["count"]) for one in json.loads(done.stdout or b"[]")}
+    found = (_FINDING.match(line) for line in done.stdout.splitlines())
+    return Counter((one["path"], one["rule"]) for one in found if one)
+
+
+def _by_rule(findings: Counter[tuple[str, str]]) -> Counter[str]:
+    rules: Counter[str] = Counter()
+    for (_, rule), count in findings.items():
+        rules[rule] += count
+    return rules
+
+
+def _new(old: Counter[tuple[str, str]], new: Counter[tuple[str, str]]) -> frozenset[str]:
+    """Return the rules that some file broke more often than before."""
+    return frozenset(
+        rule
+        for (path, rule), count in new.items()
+        if count > old[path, rule]
+        and rule not in _OF_BLANK_LINES
+        and not (rule in _OF_TABS and old[path, "W191"])
+    )
 
 
 def _coverage(interrogate: Path, folder: Path) -> float:
