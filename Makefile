@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Processes that run tests, a file at a time.
+TESTERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check unit chaos corpora docs bench bench-control bench-scale up clean
@@ -32,7 +34,7 @@ check: $(INSTALLED) ## style, types, import floors, generated docs
 
 unit: $(INSTALLED) ## all tests with coverage
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

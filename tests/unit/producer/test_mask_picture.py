@@ -162,8 +162,10 @@ def test_a_long_sequence_is_scaled_to_the_terminal(width: int) -> None:
 
 
 def test_a_block_is_full_partial_or_empty_as_its_tokens_are() -> None:
-    exact, scaled = picture(facts(), 16_500), picture(facts(), 100)
-    assert exact.scale == 1
+    sized = {"prompt_tokens": 700, "reused_tokens": 160, "prefilled_tokens": 700, "new_tokens": 20}
+    asked = facts(**sized, kv_lengths=(256, 512, 768))
+    exact, scaled = picture(asked, 800), picture(asked, 60)
+    assert exact.scale == 1 < scaled.scale
     seen = {
         (row.first, column)
         for row in exact.rows
