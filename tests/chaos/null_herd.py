@@ -213,10 +213,13 @@ class NullHerd:
             if self.is_writable():
                 return
             self.thaw(name)
+            # Stopped again at once, it would still be in the same write.
+            wait_until(self.is_writable, f"{name} to end a write")
 
     def is_writable(self) -> bool:
         """Whether others can write: what stops in the middle of a write to SQLite holds the lock of all."""
-        database = Database.open(self.settings.database, timeout_s=2.0)
+        # Well within a lease: nobody else can renew one meanwhile.
+        database = Database.open(self.settings.database, timeout_s=0.5)
         try:
             with database.begin():
                 return True

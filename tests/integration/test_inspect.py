@@ -21,6 +21,7 @@ from codeherd_worker.watchdog import HUNG_STATUS
 from tests.acceptance.endless import LONG, NAME, endless_model
 from tests.acceptance.herd import QUICK, Herd
 from tests.services import wait_until
+from tests.unit.producer.json_documents import Documents
 
 #: Part of the prompt: must never be shown.
 SECRET = "zebra_crossing"
@@ -66,7 +67,9 @@ def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
         slots=3,
         variables=QUICK | endless_model(tmp_path) | own,
     ) as herd:
-        [worker] = inspected(herd, "one")["workers"]
+        told, answer = Documents(), inspected(herd, "one")
+        assert told.faults("inspect", answer) == []
+        [worker] = answer["workers"]
         assert worker["model"] == NAME
         assert worker["plan"]["classes"] == [{"length": 512, "slots": 2}, {"length": 16384, "slots": 1}]
         assert worker["cache_bytes"] == sum(card["cache_bytes"] for card in worker["plan"]["cards"])
@@ -82,14 +85,15 @@ def test_a_worker_tells_its_plan_its_slots_and_the_mask_of_a_running_job(
                 [worker] = inspected(herd)["workers"]
                 busy = [view for view in worker["slot_views"] if view["name"] is not None]
                 if busy and busy[0]["new_tokens"]:
-                    seen.update(inspected(herd, "--mask", busy[0]["name"]) | {"view": busy[0]})
-                return bool(seen.get("running"))
+                    seen.update(mask=inspected(herd, "--mask", busy[0]["name"]), view=busy[0])
+                return bool(seen) and seen["mask"]["running"]
 
             wait_until(is_seen, "a running job's mask")
-            shown = herd.cli("inspect", "--mask", seen["job"])
+            shown = herd.cli("inspect", "--mask", seen["mask"]["job"])
             for job in jobs:
                 client.cancel(job.id)
-        [facts] = seen["slots"]
+        assert told.faults("inspect --mask", seen["mask"]) == []
+        [facts] = seen["mask"]["slots"]
         assert (facts["slot"], facts["length"]) == (2, seen["view"]["length"]) == (2, 16384)
         assert facts["prompt_tokens"] == facts["prefilled_tokens"] == seen["view"]["prompt_tokens"] > 0
         assert facts["new_tokens"] >= seen["view"]["new_tokens"]

@@ -66,6 +66,8 @@ def test_documents_of_jobs_are_as_they_are_described(command_line: CommandLine, 
         "wait": command_line("wait", job_id, "--json").document,
         "status": command_line("status", job_id, "--json").document,
         "cancel": command_line("cancel", job_id, "--json").document,
+        "pause": command_line("pause", "model", "tiny", "--json").document,
+        "prune": command_line("prune", "--older-than", "30d", "--json").document,
     }
 
     assert {name: told.faults(name, one) for name, one in documents.items()} == {

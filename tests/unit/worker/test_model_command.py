@@ -15,6 +15,7 @@ from codeherd_worker import model_command
 from codeherd_worker.engine.loading import load_model
 from codeherd_worker.engine.saving import save_quantized
 from codeherd_worker.prompt_command import EMBEDDED_FOLDER
+from tests.unit.producer.json_documents import Documents
 
 NF4_AND_NONE = {"source": "embedded", "a": "nf4", "b": "none"}
 
@@ -40,6 +41,7 @@ def test_the_embedded_model_is_quantized(tmp_path: Path, capfd: pytest.CaptureFi
         "saved_bytes": (out / "model.safetensors").stat().st_size,
     }
     assert load_model(str(out), quantization="auto", device="cpu", slots=2).revision == answer["revision"]
+    assert Documents().faults("models quantize", {"schema": 1} | answer) == []
     # No terminal, no bar; nothing but the answer on stdout.
     assert capfd.readouterr() == ("", "")
 
@@ -52,7 +54,7 @@ def test_two_settings_are_compared_on_a_text(tmp_path: Path) -> None:
     status, answer = asked("compare", question | {"tokens": 100})
 
     assert status == 0
-    assert set(answer) == {"a", "b", "tokens", "agreement", "prompts", "same_tokens", "new_tokens"}
+    assert Documents().faults("models compare", {"schema": 1} | answer) == []
     assert [answer[side]["quantization"] for side in ("a", "b")] == ["none", "bf16"]
     assert answer["tokens"] == 100
     # Twenty copies of two lines: predictable to anything that reads what went before.
