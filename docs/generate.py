@@ -222,6 +222,8 @@ none is renamed or removed.
 | `ls`, `wait` | `{{"schema", "jobs": [job]}}` |
 | `status` | `{{"schema", "jobs": [job and "attempts": [attempt]]}}` |
 | `cancel`, `retry` | `{{"schema", "jobs": [{{"id", "state"}}]}}` |
+| `pause`, `resume` | `{{"schema", "pauses": [{{"scope", "name", "since", "reason"}}]}}`: all that hold now |
+| `prune` | `{{"schema", "jobs", "deleted"}}`: how many, and whether they are gone |
 | `prompt` | `{{"schema", "model", "kind", "prompt_tokens", "token_ids", "pieces", "text", …}}` |
 | `backfill docstrings`, `backfill resume` | `{{"schema", "run"}}` |
 | `backfill docstrings --dry-run` | `plan and "schema"` |
@@ -232,6 +234,10 @@ none is renamed or removed.
 | `backfill report --format json` | `report and "schema"` |
 | `backfill eval` | `{{"schema", "evaluation"}}` |
 | `models` | `{{"schema", "models": [model]}}` |
+| `models quantize` | `{{"schema", "folder", "quantization", "revision", "source_bytes", "saved_bytes"}}` |
+| `models compare` | `comparison and "schema"` |
+| `inspect` | `{{"schema", "workers": [worker]}}`; with `--watch` one a line |
+| `inspect --mask` | `{{"schema", "job", "running", "slots": [mask]}}` |
 | `doctor` | `{{"schema", "findings": [{{"part", "verdict", "message", "hint"}}]}}` |
 | `health` | `{{"schema", "service", "aspect", "ok", "faults", "facts"}}` |
 | `config show` | `{{"schema", "settings": {{name: {{"value", "origin"}}}}}}` |
@@ -242,8 +248,19 @@ A job is `{{"id", "kind", "model", "state", "priority", "attempt", "max_attempts
 "run_at", "expires_at", "deadline", "created_at", "started_at", "finished_at", "batch_id",
 "idempotency_key", "labels": {{name: value}}, "error"}}`, an attempt `{{"attempt", "worker", "started_at",
 "ended_at", "outcome", "error"}}`, an error `{{"code", "message"}}` or null, a model `{{"name", "source",
-"parameters", "context_window", "kv_bytes_per_token", "kinds", "chat"}}`. Times are ISO 8601 in UTC, or null.
+"parameters", "context_window", "kv_bytes_per_token", "kinds", "chat"}}`, a comparison `{{"a": side,
+"b": side, "tokens", "agreement", "prompts", "same_tokens", "new_tokens"}}`, a side `{{"quantization",
+"dtype", "weight_bytes", "load_s", "nats_per_token", "perplexity"}}`. Times are ISO 8601 in UTC, or null.
 A result is `Result` of `codeherd_schema/results.py`.
+
+A worker is `{{"worker", "model", "queue", "revision", "quantization", "dtype", "device", "fingerprint",
+"uptime_s", "slots", "active", "waiting", "steps", "passes", "last_step_age_s", "tokens", "tokens_per_s",
+"busy_share", "window_s", "prompt_tokens", "reused_tokens", "reuse_rate", "drafted", "accepted",
+"acceptance_rate", "cache_bytes", "weight_bytes", "memory_bytes", "memory_peak_bytes",
+"slot_views": [view], …}}`, a view `{{"slot", "length", "name", "prompt_tokens", "reused_tokens",
+"prefilled_tokens", "new_tokens"}}`, whose name is the job's id or null, a mask `{{"slot", "length", "spare",
+"prompt_tokens", "reused_tokens", "prefilled_tokens", "new_tokens", "granule", "prefill_chunk",
+"kv_lengths", "step_width"}}`. Sizes are tokens, or bytes where the name says so.
 
 Those of a backfill are made of these:
 
