@@ -20,9 +20,8 @@ from tests.corpora.passes import WIDTH, Passed, over_folder
 
 #: D203 and D213 contradict D211 and D212.
 _RULES: Final = ("--select", "D,E,W,F", "--ignore", "D203,D213")
-#: Blank lines after a header stand after the docstring now; they are the file's own, and stay: one is too
-#: many for a function, two for a class.
-_OF_BLANK_LINES: Final = frozenset({"D202", "D204"})
+#: A blank line after a header stands after the docstring now; it is the file's own, and stays.
+_OF_BLANK_LINES: Final = frozenset({"D202"})
 #: A docstring is indented as its file is: with tabs, where there were tabs before.
 _OF_TABS: Final = frozenset({"D206", "W191"})
 _FINDING: Final = re.compile(r"(?P<path>.+?):\d+:\d+: (?P<rule>[A-Z]+\d+|invalid-syntax)")
