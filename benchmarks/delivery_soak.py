@@ -9,7 +9,8 @@ the load, the kills, what is sampled while they go on, and the bounds. Says noth
 What must hold. Every job ends, with one result each if it was not cancelled. Results of a sample are the
 same bytes when their requests run again, alone, on a worker that has nothing else to do. Nothing grows:
 within the life of each process, and of the herd, the median of the last third of the looks is not above
-that of the middle third by more than `BOUNDS`; the first third is for warming up. No ended job is older
+that of the middle third by more than `BOUNDS`; the first third is for warming up, and a worker is not looked
+at before it takes jobs: on a busy machine it loads for longer than a third of its life. No ended job is older
 than the retention allows. At the end Redis holds no more keys than a herd at rest has, and no process is
 left.
 """
@@ -158,6 +159,20 @@ class Herd:
         for name in LAUNCHERS:
             found |= {f"worker {name}": pid for pid in children(found[name])} if name in found else {}
         return found
+
+    def started(self) -> dict[str, int]:
+        """Return those of `processes` that do not load any more: of workers, those that take jobs."""
+        found = self.processes()
+        for name in LAUNCHERS:
+            worker = f"worker {name}"
+            if worker in found and not self._takes_jobs(name, found[worker]):
+                del found[worker]
+        return found
+
+    def _takes_jobs(self, launcher: str, pid: int) -> bool:
+        log = (self._folder / f"{launcher}.log").read_text(encoding="utf-8", errors="replace")
+        _, spawned, since = log.rpartition(f"worker_spawned name={launcher} pid={pid}\n")
+        return bool(spawned) and "worker_ready" in since
 
     def kill(self, name: str) -> bool:
         """Kill a worker process, whose launcher starts another, or the dispatcher, and start it anew.
@@ -375,7 +390,7 @@ class Soak:
 
     def _look(self) -> dict[str, float]:
         """Sample everything; return the herd's own figures."""
-        processes = {**self._herd.processes(), "this client": os.getpid(), "Redis": self._redis_pid}
+        processes = {**self._herd.started(), "this client": os.getpid(), "Redis": self._redis_pid}
         for name, pid in processes.items():
             for figure, value in figures_of(pid).items():
                 self.seen.tracks[f"{name} (pid {pid})", figure].values.append(value)

@@ -1,6 +1,6 @@
 """Run a loaded Llama over a flat list of tokens, whatever sequences they belong to.
 
-Owns: the order of a Llama's operations, and on which device each layer computes. Uses the modules and
+Owns: the order of a Llama's layers, and on which device each computes. Uses the modules and
 weights of an unmodified `LlamaForCausalLM`, with as few calls as the mathematics needs: on small models
 and on GPUs the calls are what a decode step waits for. Does not know slots, the cache or masks: whoever
 calls says where keys and values go and what is attended (`Attend`).
@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from codeherd_schema.errors import ModelFilesInvalid
+from codeherd_worker.engine.layers import layers_for
 from codeherd_worker.engine.linears import Linear, join
 from codeherd_worker.engine.operations import operations_for
 
@@ -39,22 +39,6 @@ class Attend(Protocol):
             (T, H * D).
         """
         ...
-
-
-class _Layer:
-    """One decoder layer's weights, ready to be called."""
-
-    __slots__ = ("attention_norm", "device", "down", "gate_up", "mlp_norm", "output", "qkv")
-
-    def __init__(self, layer: LlamaDecoderLayer) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.device: torch.device = layer.input_layernorm.weight.device
-        self.qkv: Linear = join([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.output: Linear = join([attention.o_proj])
-        self.gate_up: Linear = join([mlp.gate_proj, mlp.up_proj])
-        self.down: Linear = join([mlp.down_proj])
-        self.attention_norm = layer.input_layernorm.weight.data
-        self.mlp_norm = layer.post_attention_layernorm.weight.data
 
 
 class LlamaForward:
@@ -81,24 +65,23 @@ class LlamaForward:
         self.heads: int = config.num_attention_heads
         self.key_heads: int = config.num_key_value_heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self._layers = [_Layer(layer) for layer in model.model.layers]
         self._embedding = model.get_input_embeddings()
         self._final_norm = model.model.norm.weight.data
         self._head = join([model.lm_head])
         self.dtype: torch.dtype = model.lm_head.weight.dtype
         #: Where token ids go in and logits come out.
         self.device: torch.device = self._embedding.weight.device
-        self.layer_devices = [layer.device for layer in self._layers]
+        self.layer_devices = [layer.input_layernorm.weight.device for layer in model.model.layers]
         self._rotary = _rotary_table(model, positions)
         self._do = operations_for(
             self.device, self.dtype, model.model.layers[0].mlp.act_fn, config.rms_norm_eps
         )
+        self._layers = layers_for(model.model.layers, self._do, rotated_heads=self.heads + self.key_heads)
 
     @property
     def linears(self) -> list[Linear]:
         """Every matrix, with repetitions of the same shape: for checks of how they round."""
-        layers = self._layers
-        return [linear for x in layers for linear in (x.qkv, x.output, x.gate_up, x.down)] + [self._head]
+        return [linear for layer in self._layers for linear in layer.linears] + [self._head]
 
     def __call__(
         self,
@@ -120,36 +103,28 @@ class LlamaForward:
         """
         hidden = functional.embedding(token_ids, self._embedding.weight)
         cosine, sine = self._angles(positions, hidden.device)
-        rotated_heads = self.heads + self.key_heads
         # What the layer before adds to its tokens, added where the next norm reads them anyway.
         delta: torch.Tensor | None = None
-        for number, layer in enumerate(self._layers):
-            if layer.device != hidden.device:
-                hidden = hidden.to(layer.device)
-                delta = None if delta is None else delta.to(layer.device)
-                cosine, sine = self._angles(positions, layer.device)
-            hidden, normed = self._add_and_norm(hidden, delta, layer.attention_norm)
-            joined = layer.qkv(normed)
-            self._do.rotate(joined, rotated_heads, cosine, sine)
-            delta = layer.output(attend(number, joined))
-            hidden, normed = self._add_and_norm(hidden, delta, layer.mlp_norm)
-            delta = layer.down(self._do.gate(layer.gate_up(normed)))
+        for number, (layer, device) in enumerate(zip(self._layers, self.layer_devices, strict=True)):
+            if device != hidden.device:
+                hidden = hidden.to(device)
+                delta = None if delta is None else delta.to(device)
+                cosine, sine = self._angles(positions, device)
+            hidden, joined = layer.before(hidden, delta, cosine, sine)
+            hidden, delta = layer.after(hidden, attend(number, joined))
         if wanted is not None:
             wanted = wanted.to(hidden.device)
             hidden = hidden.index_select(0, wanted)
             delta = None if delta is None else delta.index_select(0, wanted)
         final_device = self._final_norm.device
         delta = None if delta is None else delta.to(final_device)
-        _, normed = self._add_and_norm(hidden.to(final_device), delta, self._final_norm)
+        hidden = hidden.to(final_device)
+        if delta is None:  # a model without layers
+            normed = self._do.norm(hidden, self._final_norm)
+        else:
+            _, normed = self._do.add_and_norm(hidden, delta, self._final_norm)
         logits = self._head(normed)
         return logits.to(self.device)
-
-    def _add_and_norm(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if delta is None:
-            return hidden, self._do.norm(hidden, weight)
-        return self._do.add_and_norm(hidden, delta, weight)
 
     def _angles(self, positions: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and signed sine of the tokens' angles, (T, 1, D) each."""

@@ -59,7 +59,8 @@ def usable_threads() -> int:
 
 def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Return a compiled function, kept on disk between starts where a folder can be written."""
-    options |= {"fastmath": {"contract"}, "nogil": True}
+    # Python's errors would need a branch at each division, and such loops are not vectorized.
+    options |= {"fastmath": {"contract"}, "nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError as err:
@@ -67,13 +68,13 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
         return numba.njit(**options)(function)
 
 
-def _part(function: Callable[..., Any]) -> Any:
+def part(function: Callable[..., Any]) -> Any:
     """Make a function a part of the compiled ones that call it."""
     return _compiled(function)
 
 
-@_part
-def _exp(x):
+@part
+def exp(x):
     """Return e**x for x <= 0, within two units in the last place: the polynomial of Cephes' `expf`."""
     x = _LOWEST if x < _LOWEST else x
     power = np.floor(x * _f32(1.44269504088896341) + _f32(0.5))
@@ -88,7 +89,7 @@ def _exp(x):
     return total * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(_f32)
 
 
-@_part
+@part
 def _score_one(query, keys, scores):
     """Put query times keys into scores; keys are (D, KEY_BLOCK), D a multiple of 4."""
     for t in range(KEY_BLOCK):
@@ -100,7 +101,7 @@ def _score_one(query, keys, scores):
             scores[t] = scores[t] + q0 * k0[t] + q1 * k1[t] + q2 * k2[t] + q3 * k3[t]
 
 
-@_part
+@part
 def _score_two(query, other, keys, scores, others):
     """Do what `_score_one` does for two queries: keys are read once."""
     for t in range(KEY_BLOCK):
@@ -115,7 +116,7 @@ def _score_two(query, other, keys, scores, others):
             others[t] = others[t] + p0 * k0[t] + p1 * k1[t] + p2 * k2[t] + p3 * k3[t]
 
 
-@_part
+@part
 def _normalize(scores, end, lanes):
     """Turn scores [0, end) into weights before their division; return their sum."""
     padded = (end + LANES - 1) // LANES * LANES
@@ -130,7 +131,7 @@ def _normalize(scores, end, lanes):
     for j in range(LANES):
         top = lanes[j] if lanes[j] > top else top
     for t in range(end):
-        scores[t] = _exp(scores[t] - top)
+        scores[t] = exp(scores[t] - top)
     for t in range(end, padded):
         scores[t] = _f32(0.0)
     for j in range(LANES):
@@ -145,7 +146,7 @@ def _normalize(scores, end, lanes):
     return total if top > _NO_SCORE else _f32(np.nan)
 
 
-@_part
+@part
 def _mix_one(weights, values, output, start, stop):
     """Add the weighted values [start, stop), (C, D), to an output, one after the other."""
     t = start
@@ -162,7 +163,7 @@ def _mix_one(weights, values, output, start, stop):
         t += 1
 
 
-@_part
+@part
 def _mix_two(weights, others, values, output, further, start, stop):
     """Do what `_mix_one` does for two outputs: values are read once."""
     t = start
@@ -182,7 +183,7 @@ def _mix_two(weights, others, values, output, further, start, stop):
         t += 1
 
 
-@_part
+@part
 def _attend_queries(queries, ends, count, keys, values, scores, outputs, lanes):
     """Attend `count` queries of one key head, each the keys before its own end."""
     longest = 0
@@ -280,8 +281,8 @@ def _attend(
                     output[token, column + d] = own_mixed[i, d]
 
 
-@_part
-def _normalize_row(row, weight, epsilon, output, lanes):
+@part
+def normalize_row(row, weight, epsilon, output, lanes):
     """RMS norm of one vector."""
     size = row.shape[0]
     for j in range(LANES):
@@ -303,7 +304,7 @@ def _normalize_row(row, weight, epsilon, output, lanes):
 def _norm(hidden, weight, epsilon, output):
     """Put the RMS norm of every row of (T, N) into `output`."""
     for row in prange(hidden.shape[0]):
-        _normalize_row(hidden[row], weight, epsilon, output[row], np.empty(LANES, _f32))
+        normalize_row(hidden[row], weight, epsilon, output[row], np.empty(LANES, _f32))
 
 
 def _add_and_norm(hidden, delta, weight, epsilon, output):
@@ -311,7 +312,21 @@ def _add_and_norm(hidden, delta, weight, epsilon, output):
     for row in prange(hidden.shape[0]):
         for c in range(hidden.shape[1]):
             hidden[row, c] = hidden[row, c] + delta[row, c]
-        _normalize_row(hidden[row], weight, epsilon, output[row], np.empty(LANES, _f32))
+        normalize_row(hidden[row], weight, epsilon, output[row], np.empty(LANES, _f32))
+
+
+@part
+def rotate_row(row, heads, cosine, sine):
+    """Rotate the first `heads` heads of one row in place; angles are (D,)."""
+    size = cosine.shape[0]
+    half = size // 2
+    for head in range(heads):
+        low = row[head * size : head * size + half]
+        high = row[head * size + half : (head + 1) * size]
+        for d in range(half):
+            x, y = low[d], high[d]
+            low[d] = x * cosine[d] + y * sine[d]
+            high[d] = y * cosine[half + d] + x * sine[half + d]
 
 
 def _rotate(joined, heads, cosine, sine):
@@ -323,27 +338,25 @@ def _rotate(joined, heads, cosine, sine):
         cosine: (T, D).
         sine: (T, D), its first half negated.
     """
-    size = cosine.shape[1]
-    half = size // 2
     for row in prange(joined.shape[0]):
-        for head in range(heads):
-            low = joined[row, head * size : head * size + half]
-            high = joined[row, head * size + half : (head + 1) * size]
-            for d in range(half):
-                x, y = low[d], high[d]
-                low[d] = x * cosine[row, d] + y * sine[row, d]
-                high[d] = y * cosine[row, half + d] + x * sine[row, half + d]
+        rotate_row(joined[row], heads, cosine[row], sine[row])
+
+
+@part
+def gate_row(gates, ups, output):
+    """Put silu(gate) * up into `output`, (N,) each."""
+    for c in range(output.shape[0]):
+        x = gates[c]
+        decayed = exp(-abs(x))
+        share = (_f32(1.0) if x >= _f32(0.0) else decayed) / (_f32(1.0) + decayed)
+        output[c] = x * share * ups[c]
 
 
 def _gate(gate_up, output):
     """Put silu(gate) * up into `output`, (T, N); `gate_up` is (T, 2 N)."""
     size = output.shape[1]
     for row in prange(gate_up.shape[0]):
-        for c in range(size):
-            x = gate_up[row, c]
-            decayed = _exp(-abs(x))
-            share = (_f32(1.0) if x >= _f32(0.0) else decayed) / (_f32(1.0) + decayed)
-            output[row, c] = x * share * gate_up[row, size + c]
+        gate_row(gate_up[row, :size], gate_up[row, size:], output[row])
 
 
 class Kernel:

@@ -4,6 +4,7 @@ Owns: which matrices are multiplied together and how each is stored for it. Does
 computes with them (`forward.py`) or how weights were loaded and quantized (`loading.py`).
 
     dense, GPU    matrices that read the same input become one; the modules keep views of it.
+    float32, CPU  the same, then packed once for tiles of our own (`tiles.py`), where the CPU has AVX-512.
     dense, CPU    the same, then packed once for oneDNN: at 16 rows its kernel did 66 to 149 GFLOP/s
                   where torch's own choice (MKL) did 28 to 34 on the same two AMD cores, float32.
     quantized     each module is called as it is: bitsandbytes, torchao and others own their kernels.
@@ -16,12 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
 #: Rows for which packed weights are laid out; any other number may be multiplied as well.
 _PACKED_FOR_ROWS = 16
+#: Outputs of a tile's panel, as `tiles.py` has them.
+PANEL = 16
 
 
 class Linear(Protocol):
@@ -49,6 +54,8 @@ def join(modules: Sequence[nn.Linear]) -> Linear:
     if not all(is_dense(module) for module in modules):
         return _Modules(modules)
     weight, bias = _joined_parameters(modules)
+    if can_tile(weight):
+        return TiledLinear(weight, bias)
     return _Packed(weight, bias) if can_pack(weight) else _Dense(weight, bias)
 
 
@@ -66,6 +73,16 @@ def can_pack(weight: torch.Tensor) -> bool:
             return bool(operators._is_mkldnn_fp16_supported())  # noqa: SLF001
         case _:
             return False
+
+
+def can_tile(weight: torch.Tensor) -> bool:
+    """Whether our own tiles multiply this matrix on this CPU."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.shape[0] % PANEL == 0
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
 
 
 def is_dense(module: nn.Module) -> bool:
@@ -141,6 +158,35 @@ class _Packed:
 
     def sample(self, tokens: int) -> torch.Tensor:
         return _random(tokens, self._weight, self._shape[1], self._weight.dtype)
+
+
+class TiledLinear:
+    """One matrix in panels."""
+
+    __slots__ = ("_kernel", "bias", "panels")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Pack a matrix for which `can_tile` is true."""
+        # Imported here: a GPU's worker needs no compiler.
+        from codeherd_worker.engine import tiles
+
+        self._kernel = tiles.multiply_rows
+        self.panels: NDArray[np.float32] = tiles.pack(weight)
+        self.bias = bias
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply."""
+        output = torch.from_numpy(self._kernel(rows.contiguous().numpy(), self.panels))
+        return output if self.bias is None else output.add_(self.bias)
+
+    def kind(self) -> tuple[object, ...]:
+        """Return its shape."""
+        return (type(self), self.panels.shape, self.bias is None)
+
+    def sample(self, tokens: int) -> torch.Tensor:
+        """Return a reproducible random input."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(tokens, self.panels.shape[1], generator=generator)
 
 
 class _Modules:

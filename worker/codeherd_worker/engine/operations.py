@@ -19,6 +19,11 @@ from torch.nn import functional
 class Operations(Protocol):
     """The operations of a layer on (T, ...) tensors; some work in place, and say so."""
 
+    #: Of the norms.
+    epsilon: float
+    #: Whether they are loops of our own.
+    are_compiled: bool
+
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the RMS norm of every row."""
         ...
@@ -58,11 +63,13 @@ def operations_for(
 class _Torch:
     """Any device, type and activation."""
 
+    are_compiled = False
+
     def __init__(self, activation: nn.Module, epsilon: float) -> None:
-        self._activation, self._epsilon = activation, epsilon
+        self._activation, self.epsilon = activation, epsilon
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(hidden, weight.shape, weight, self._epsilon)
+        return functional.rms_norm(hidden, weight.shape, weight, self.epsilon)
 
     def add_and_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
@@ -85,11 +92,14 @@ class _Torch:
 class _Compiled:
     """float32 on a CPU."""
 
+    are_compiled = True
+
     def __init__(self, epsilon: float) -> None:
         # Imported here: a GPU's worker needs no compiler.
         from codeherd_worker.engine import kernels
 
         self._kernels = kernels
+        self.epsilon = epsilon
         self._epsilon = np.float32(epsilon)
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

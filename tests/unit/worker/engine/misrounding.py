@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from codeherd_worker.engine import attention, forward
+from codeherd_worker.engine import attention, forward, layers
 from codeherd_worker.engine.linears import Linear, join
 
 #: Adds something to an output, (T, out), in place.
@@ -47,7 +47,8 @@ def disturb_linears(patch: pytest.MonkeyPatch, disturb: DisturbRows) -> None:
     def disturbed(modules: Sequence[nn.Linear]) -> Linear:
         return Disturbed(join(modules), disturb)
 
-    patch.setattr(forward, "join", disturbed)
+    for module in (forward, layers):
+        patch.setattr(module, "join", disturbed)
 
 
 def disturb_attention(patch: pytest.MonkeyPatch, disturb: DisturbAttention) -> None:

@@ -43,7 +43,7 @@ def assert_near(output: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1
 @numba.njit
 def _exp_of_all(values, output):  # type: ignore[no-untyped-def]
     for place in range(values.shape[0]):
-        output[place] = kernels._exp(values[place])
+        output[place] = kernels.exp(values[place])
 
 
 def exp(values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from codeherd_worker.engine import linears
 from codeherd_worker.engine.linears import Linear, join
+from tests.unit.worker.engine.tiny_llama import has_avx512
 
 IN = 48
 
@@ -34,24 +36,37 @@ class Wrapped(torch.Tensor):
     """A tensor subclass, as torchao puts it into a plain nn.Linear."""
 
 
-@pytest.fixture(params=["packed", "dense"])
+def without_tiles(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(linears, "can_tile", lambda _weight: False)
+
+
+def without_packing(patch: pytest.MonkeyPatch) -> None:
+    without_tiles(patch)
+    patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+
+
+@pytest.fixture(params=["tiled", "packed", "dense"])
 def device_without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Once with oneDNN, once as on a device that does not have it."""
+    """Once with all that a CPU can have, then as on devices that have less."""
     name: str = request.param
+    if name == "packed":
+        without_tiles(monkeypatch)
     if name == "dense":
-        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        without_packing(monkeypatch)
     return name
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 100])
+@pytest.mark.parametrize("outputs", [32, 20])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
 )
 def test_one_matrix_multiplies_as_its_module_does(
-    device_without: str, tokens: int, bias: bool, dtype: torch.dtype, tolerance: float
+    device_without: str, tokens: int, outputs: int, bias: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    module = linear(20, bias=bias, dtype=dtype)
+    # A whole number of panels, and else.
+    module = linear(outputs, bias=bias, dtype=dtype)
     rows = rows_of(tokens, dtype)
 
     output = join([module])(rows)
@@ -61,14 +76,17 @@ def test_one_matrix_multiplies_as_its_module_does(
     torch.testing.assert_close(output.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_packed_and_dense_agree_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_forms_agree_within_rounding() -> None:
     rows = rows_of(9)
-    packed = join([linear(20), linear(12, seed=1)])
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    dense = join([linear(20), linear(12, seed=1)])
+    forms = []
+    for limit in (lambda _patch: None, without_tiles, without_packing):
+        with pytest.MonkeyPatch.context() as patch:
+            limit(patch)
+            forms.append(join([linear(20), linear(12, seed=1)]))
 
-    assert packed.kind()[0] is not dense.kind()[0]
-    torch.testing.assert_close(packed(rows), dense(rows), rtol=1e-5, atol=1e-5)
+    assert len({form.kind()[0] for form in forms}) == (3 if has_avx512() else 2)
+    for form in forms[1:]:
+        torch.testing.assert_close(form(rows), forms[0](rows), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (False, True, False)])
@@ -107,7 +125,7 @@ def test_joined_modules_still_work_and_share_one_memory(device_without: str) -> 
 
 
 def test_a_matrix_alone_is_not_copied_where_it_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    without_packing(monkeypatch)
     module = linear(20)
     joined = join([module])
 

@@ -49,3 +49,8 @@ def generate_alone(model: LlamaForCausalLM, prompt_ids: tuple[int, ...], count: 
     )
     answer: list[int] = output[0, len(prompt_ids) :].tolist()
     return answer
+
+
+def has_avx512() -> bool:
+    """Whether this CPU has what tiles and fused layers are for."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
