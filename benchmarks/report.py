@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -62,11 +63,17 @@ _NOTES = """\
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What a decode step of ours takes, and what its matrix multiplications alone take, in milliseconds."""
+    """What a decode step of ours takes, and the least that its work takes on this machine."""
 
     model: str
     decode_step_ms: float | None
+    #: Its matrix multiplications alone, by torch.
     matmul_ms: float
+    #: Of large matrices, and of reading memory.
+    flops_per_s: float
+    bytes_per_s: float
+    #: New tokens, if all prompts were multiplied at that rate, and full steps did nothing but read weights.
+    ceiling_tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +98,32 @@ def reference_of(contest: Contest) -> Outcome | None:
     return next((o for o in contest.outcomes if o.entry.name == OURS.name), None)
 
 
-def floor_of(contest: Contest, matmul_ms: float) -> Floor:
-    """Return the floor beside codeherd's own decode step in this contest."""
+def floor_of(contest: Contest, measured: Mapping[str, Any]) -> Floor:
+    """Return the floor beside codeherd's own decode step in this contest.
+
+    Args:
+        contest: of one model.
+        measured: the fields of `benchmarks.floor.MachineFloor`.
+    """
     ours = reference_of(contest)
     step_s = decode_step_s(ours, SLOTS) if ours is not None else None
-    return Floor(contest.model.name, None if step_s is None else step_s * 1000, matmul_ms)
+    workload = contest.asked[0]
+    flops = 2 * (workload.prompt_tokens * measured["terms"] + len(workload.jobs) * measured["head_terms"])
+    # Each prompt brings the first of its new tokens with it.
+    steps = (workload.new_tokens - len(workload.jobs)) / SLOTS
+    step_flops = 2 * SLOTS * (measured["terms"] + measured["head_terms"])
+    least_step_s = max(
+        measured["weight_bytes"] / measured["bytes_per_s"], step_flops / measured["flops_per_s"]
+    )
+    least_s = flops / measured["flops_per_s"] + steps * least_step_s
+    return Floor(
+        model=contest.model.name,
+        decode_step_ms=None if step_s is None else step_s * 1000,
+        matmul_ms=median(measured["step_ms"]),
+        flops_per_s=measured["flops_per_s"],
+        bytes_per_s=measured["bytes_per_s"],
+        ceiling_tokens_per_s=workload.new_tokens / least_s,
+    )
 
 
 def table(contest: Contest) -> str:
@@ -141,7 +169,7 @@ def document(run: Run) -> str:
     if any(contest.workload == "ragged" for contest in run.contests):
         parts += ["## Targets", targets(run.contests)]
     if run.floors:
-        parts += ["## Matrix-multiply floor", *(_floor_line(floor) for floor in run.floors)]
+        parts += ["## Floor and ceiling", *(_floor_line(floor) for floor in run.floors)]
     return "\n\n".join([*parts, "## How to read this", _NOTES]) + "\n"
 
 
@@ -239,7 +267,11 @@ def _floor_line(floor: Floor) -> str:
     share = "" if floor.decode_step_ms is None else f", {floor.matmul_ms / floor.decode_step_ms:.0%} of it"
     return (
         f"{floor.model}: a decode step of codeherd with {SLOTS} live rows takes {step}; the model's linear "
-        f"layers alone, as one loop over all weights, take {floor.matmul_ms:.2f} ms{share}."
+        f"layers alone, as one loop over all weights by torch, take {floor.matmul_ms:.2f} ms{share}.\n\n"
+        f"This machine multiplies large matrices at {floor.flops_per_s / 1e9:.0f} GFLOP/s, and reads as much "
+        f"as the weights at {floor.bytes_per_s / 1e9:.1f} GB/s. With all prompts multiplied at that rate, "
+        f"every step of {SLOTS} rows full, and no longer than reading the weights or multiplying them takes, "
+        f"`ragged` would run at {floor.ceiling_tokens_per_s:.0f} tokens/s."
     )
 
 

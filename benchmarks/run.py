@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.contest import Contest, environment, hold
@@ -66,7 +65,7 @@ def measure(
             contest = hold(model, builder, entries, rounds=min(rounds, most), tell=tell)
             contests.append(contest)
             if workload == "ragged" and OURS in entries:
-                floors.append(floor_of(contest, _matmul_floor_ms(model)))
+                floors.append(floor_of(contest, _measure_floor(model)))
     return Run(day, tuple(contests), tuple(floors))
 
 
@@ -83,13 +82,13 @@ def append(new_rows: Iterable[Mapping[str, Any]], path: Path) -> None:
         file.writelines(json.dumps(row) + "\n" for row in new_rows)
 
 
-def _matmul_floor_ms(model: BenchModel) -> float:
+def _measure_floor(model: BenchModel) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.floor", str(model.folder), str(SLOTS)]
     done = subprocess.run(
         command, env=environment(uses_torch=True), capture_output=True, text=True, check=True
     )
-    times: list[float] = json.loads(done.stdout)
-    return median(times)
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
 
 
 def _has_failed(contest: Contest) -> bool:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contest import Outcome, fault_in, hold
+from benchmarks.contest import Contest, Outcome, fault_in, hold
 from benchmarks.figures import decode_step_s, percentile
 from benchmarks.models import BenchModel, prepare
 from benchmarks.records import JobRecord, RoundRecord
-from benchmarks.report import Run, document, rows, targets
+from benchmarks.report import Run, document, floor_of, rows, targets
 from benchmarks.run import store
 from benchmarks.systems import SYSTEMS, Entry
 from benchmarks.workloads import WORKLOADS, Arrival, Job, Workload
@@ -81,6 +81,36 @@ def test_a_decode_step_counts_only_while_all_rows_decode() -> None:
 
     assert decode_step_s(outcome, 2) == 1.0
     assert decode_step_s(outcome, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("flops_per_s", "step_s"),
+    [
+        # 4 bytes for each of 250 numbers, at 1,000 a second.
+        (1e9, 1.0),
+        # 16 rows times 250 multiply-adds.
+        (4000.0, 2.0),
+    ],
+)
+def test_no_system_makes_more_tokens_than_the_ceiling(flops_per_s: float, step_s: float) -> None:
+    model = BenchModel("m", Path(), "", 100, 100, 1, frozenset())
+    jobs = tuple(Job((1,) * 10, 9) for _ in range(4))
+    asked = Workload("ragged", Arrival.AT_ONCE, jobs)
+    measured = {
+        "step_ms": [3.0, 1.0, 2.0],
+        "terms": 200,
+        "head_terms": 50,
+        "weight_bytes": 1000,
+        "bytes_per_s": 1000.0,
+        "flops_per_s": flops_per_s,
+    }
+
+    floor = floor_of(Contest(model, "ragged", (asked,), (), 0.0), measured)
+
+    # 40 tokens of prompts and 4 heads; then 32 tokens in two steps of 16.
+    prompts_s = 2 * (40 * 200 + 4 * 50) / flops_per_s
+    assert floor.ceiling_tokens_per_s == pytest.approx(36 / (prompts_s + 2 * step_s))
+    assert (floor.matmul_ms, floor.decode_step_ms) == (2.0, None)
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
