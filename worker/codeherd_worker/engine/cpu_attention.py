@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from codeherd_worker.engine.cache import SlotCache
+from codeherd_worker.engine.linears import PANEL, has_tiles
 
 #: Queries that read a stretch of keys while it is in a core's own cache.
 QUERIES = 32
@@ -38,11 +39,12 @@ class CpuAttention:
             scale: factor on the scores.
         """
         # Imported here: a GPU's worker needs no compiler.
-        from codeherd_worker.engine import kernels
+        from codeherd_worker.engine import compiled, kernels
 
         self.kernels, self.cache = kernels, cache
         self.heads, self.scale = heads, np.float32(scale)
-        self.threads = kernels.usable_threads()
+        self.threads = compiled.usable_threads()
+        self.in_tiles = has_tiles() and cache.head_size % PANEL == 0
         group = heads // cache.key_heads
         #: Neighbouring tokens of one slot that are attended together.
         self.tokens = max(1, QUERIES // group)
@@ -87,7 +89,7 @@ class CpuPass:
         output = torch.empty(joined.shape[0], work.heads * cache.head_size)
         work.kernels.attend(
             joined.float().numpy(), work.heads, cache.key_heads, keys, values, cache.bases, cache.capacities,
-            *self._who, work.scale, work.queries, work.scores, work.mixed, output.numpy(),
+            *self._who, work.scale, work.in_tiles, work.queries, work.scores, work.mixed, output.numpy(),
         )  # fmt: skip
         return output.to(joined.dtype)
 

@@ -15,14 +15,8 @@ import torch
 from numba import prange
 from numpy.typing import NDArray
 
-from codeherd_worker.engine.kernels import (
-    LANES,
-    Kernel,
-    gate_row,
-    normalize_row,
-    rotate_row,
-    usable_threads,
-)
+from codeherd_worker.engine.compiled import Kernel, usable_threads
+from codeherd_worker.engine.kernels import LANES, gate_row, normalize_row, rotate_row
 from codeherd_worker.engine.linears import Linear, TiledLinear
 from codeherd_worker.engine.tiles import BLOCK, blocks_of, multiply, put_in_block
 

@@ -14,63 +14,23 @@ where the cache fits the cores' own; torch's CPU attention took 1.26 ms, reading
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
-import torch
 from numba import prange
 
 from codeherd_worker.engine.cache import KEY_BLOCK
-
-logger = logging.getLogger(__name__)
-
-# OpenMP first: its threads may be used by several threads of a process, and spin while they wait.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
+from codeherd_worker.engine.compiled import Kernel, part
+from codeherd_worker.engine.tiles import multiply_loosely
 
 #: Values that are read at a time: 64 KiB at 64 numbers each.
 _STRETCH = 256
 #: Lanes of a sum, no fewer than any CPU computes at once. Scores are padded to whole lanes.
 LANES = 16
 
-#: Threads that were started for kernels in this process.
-MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-
 _f32 = np.float32
 #: Less than any score; not infinity, because infinity less infinity is no number.
 _NO_SCORE = _f32(-3.0e38)
 #: Below this e**x is no normal number.
 _LOWEST = _f32(-87.0)
-
-
-#: What numba was told last, by the thread that told it.
-_calling = threading.local()
-#: Where there is no OpenMP, numba's own threads end the process when two calls meet.
-_one_at_a_time = threading.Lock()
-
-
-def usable_threads() -> int:
-    """Return how many threads kernels use: as many as torch does."""
-    return min(torch.get_num_threads(), MOST_THREADS)
-
-
-def _compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Return a compiled function, kept on disk between starts where a folder can be written."""
-    # Python's errors would need a branch at each division, and such loops are not vectorized.
-    options |= {"fastmath": {"contract"}, "nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError as err:
-        logger.info("kernel_not_kept name=%s reason=%s", function.__name__, err)
-        return numba.njit(**options)(function)
-
-
-def part(function: Callable[..., Any]) -> Any:
-    """Make a function a part of the compiled ones that call it."""
-    return _compiled(function)
 
 
 @part
@@ -217,9 +177,37 @@ def _attend_queries(queries, ends, count, keys, values, scores, outputs, lanes):
             outputs[i, d] = outputs[i, d] * share
 
 
+@part
+def _attend_in_tiles(queries, ends, count, keys, values, scores, outputs, lanes):
+    """Do what `_attend_queries` does, with tiles of eight queries or one; D is a multiple of 16."""
+    longest, size = 0, values.shape[1]
+    for i in range(count):
+        longest = max(longest, ends[i])
+    for block in range((longest + KEY_BLOCK - 1) // KEY_BLOCK):
+        multiply_loosely(queries, 0, count, 0, size, keys[block], False, scores[:, block * KEY_BLOCK :])
+    for i in range(count):
+        lanes[LANES + i] = _normalize(scores[i], ends[i], lanes)
+    for start in range(0, longest, _STRETCH):
+        stop, goes_on = min(start + _STRETCH, longest), start > 0
+        for first in range(0, count, 8):
+            last = min(first + 8, count)
+            # Beyond its own end a token sees nothing, not even zero times what lies there.
+            common = stop
+            for i in range(first, last):
+                common = min(common, ends[i])
+            multiply_loosely(scores, first, last, start, common, values, goes_on, outputs)
+            for i in range(first, last):
+                begin, end = max(start, common), min(stop, ends[i])
+                multiply_loosely(scores, i, i + 1, begin, end, values, True, outputs)
+    for i in range(count):
+        share = _f32(1.0) / lanes[LANES + i]
+        for d in range(size):
+            outputs[i, d] = outputs[i, d] * share
+
+
 def _attend(
     joined, heads, key_heads, keys, values, bases, capacities,
-    slots, places, ends, groups, scale, queries, scores, mixed, output,
+    slots, places, ends, groups, scale, in_tiles, queries, scores, mixed, output,
 ):  # fmt: skip
     """Store a pass's keys and values, then attend.
 
@@ -236,6 +224,7 @@ def _attend(
         ends: (T,) how many tokens of its slot a token attends.
         groups: (G, 2) first token, and how many: neighbours in one slot.
         scale: factor on the scores.
+        in_tiles: whether to compute in tiles; D is a multiple of 16 then.
         queries: (threads, Q, D) to work with.
         scores: (threads, Q, C) to work with, C the largest capacity.
         mixed: (threads, Q, D) to work with.
@@ -272,9 +261,14 @@ def _attend(
                 own_ends[i] = ends[token]
                 for d in range(size):
                     own_queries[i, d] = joined[token, column + d] * scale
-            _attend_queries(
-                own_queries, own_ends, count * share, own_keys, own_values, own_scores, own_mixed, lanes
-            )
+            if in_tiles:
+                _attend_in_tiles(
+                    own_queries, own_ends, count * share, own_keys, own_values, own_scores, own_mixed, lanes
+                )
+            else:
+                _attend_queries(
+                    own_queries, own_ends, count * share, own_keys, own_values, own_scores, own_mixed, lanes
+                )
             for i in range(count * share):
                 token, column = first + i // share, (head * share + i % share) * size
                 for d in range(size):
@@ -357,26 +351,6 @@ def _gate(gate_up, output):
     size = output.shape[1]
     for row in prange(gate_up.shape[0]):
         gate_row(gate_up[row, :size], gate_up[row, size:], output[row])
-
-
-class Kernel:
-    """One compiled kernel."""
-
-    __slots__ = ("_compiled",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._compiled = _compiled(function, parallel=True)
-
-    def __call__(self, *arguments: Any) -> None:
-        """Fill the arrays that the kernel fills."""
-        # Always the same number: OpenMP ends a thread that one call does not need, and starts another for
-        # the next.
-        threads = usable_threads()
-        if getattr(_calling, "threads", None) != threads:
-            numba.set_num_threads(threads)
-            _calling.threads = threads
-        with _one_at_a_time:
-            self._compiled(*arguments)
 
 
 attend = Kernel(_attend)

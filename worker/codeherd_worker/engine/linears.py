@@ -75,14 +75,15 @@ def can_pack(weight: torch.Tensor) -> bool:
             return False
 
 
+def has_tiles() -> bool:
+    """Whether this CPU has the registers for tiles of our own."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def can_tile(weight: torch.Tensor) -> bool:
     """Whether our own tiles multiply this matrix on this CPU."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.shape[0] % PANEL == 0
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    )
+    is_ours = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return is_ours and weight.shape[0] % PANEL == 0 and has_tiles()
 
 
 def is_dense(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ took 18 to 26.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from codeherd_worker.engine.kernels import Kernel, part, usable_threads
+from codeherd_worker.engine.compiled import Kernel, part, usable_threads
 
 #: Outputs of a panel: a vector register of float32. Rows of a block: with as many accumulators, both of a
 #: core's multipliers are busy, and half of the registers are left.
@@ -61,64 +62,41 @@ def blocks_of(rows: int) -> int:
     return -(-rows // BLOCK)
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a tile's numbers lie: addresses, and bytes from one to the next, as LLVM's values."""
+
+    rows: Any
+    from_row_to_row: Any
+    from_value_to_value: Any
+    panels: Any
+    from_panel_to_panel: Any
+    from_term_to_term: Any
+    outputs: Any
+    from_output_to_output: Any
+    #: That vectors of panels lie at multiples of.
+    panel_align: int
+
+
+def _whole(number: int) -> Any:
+    return ir.Constant(_INT64, number)
+
+
 def _tile(rows: int, panels: int) -> Any:
-    """Return the product of so many rows and panels, as an intrinsic of numba's.
+    """Return the product of so many rows of a block and panels, as an intrinsic of numba's.
 
     Its arguments: addresses of the rows' first term, the first panel's and the first output; terms; whether
     to go on from what the outputs hold; bytes from panel to panel; bytes from row to row of the outputs.
     """
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        rows_at, panel_at, output_at, terms, goes_on, panel_step, output_step = arguments
-
-        def whole(number: int) -> Any:
-            return ir.Constant(_INT64, number)
-
-        def load(address: Any, kind: Any, align: int) -> Any:
-            value = builder.load(builder.inttoptr(address, kind.as_pointer()))
-            value.align = align
-            return value
-
-        def output(row: int, panel: int) -> Any:
-            offset = builder.add(builder.mul(output_step, whole(row)), whole(_VECTOR_BYTES * panel))
-            return builder.add(output_at, offset)
-
-        places = [(row, panel) for row in range(rows) for panel in range(panels)]
-        zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        begin = [
-            builder.select(goes_on, load(output(row, panel), _VECTOR, _FLOAT_BYTES), zero)
-            for row, panel in places
-        ]
-        before = builder.block
-        loop, after = builder.append_basic_block("terms"), builder.append_basic_block("end")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        term = builder.phi(_INT64)
-        term.add_incoming(whole(0), before)
-        sums = {place: builder.phi(_VECTOR) for place in places}
-        for place, start in zip(places, begin, strict=True):
-            sums[place].add_incoming(start, before)
-        offset = builder.mul(term, whole(_VECTOR_BYTES))
-        weights = []
-        for panel in range(panels):
-            address = builder.add(builder.add(panel_at, offset), builder.mul(panel_step, whole(panel)))
-            weights.append(load(address, _VECTOR, _VECTOR_BYTES))
-            _prefetch(builder, builder.add(address, whole(_AHEAD * _VECTOR_BYTES)))
-        values_at = builder.add(rows_at, offset)
-        for row in range(rows):
-            value = load(builder.add(values_at, whole(_FLOAT_BYTES * row)), _FLOAT, _FLOAT_BYTES)
-            everywhere = _broadcast(builder, value)
-            for panel in range(panels):
-                total = _multiply_add(builder, everywhere, weights[panel], sums[row, panel])
-                sums[row, panel].add_incoming(total, loop)
-        following = builder.add(term, whole(1))
-        term.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, terms), loop, after)
-        builder.position_at_end(after)
-        for row, panel in places:
-            total = sums[row, panel].incomings[1][0]
-            target = builder.inttoptr(output(row, panel), _VECTOR.as_pointer())
-            builder.store(total, target).align = _FLOAT_BYTES
+        rows_at, panels_at, outputs_at, terms, goes_on, panel_step, output_step = arguments
+        float_step, vector_step = _whole(_FLOAT_BYTES), _whole(_VECTOR_BYTES)
+        places = _Places(
+            rows_at, float_step, vector_step, panels_at, panel_step, vector_step, outputs_at, output_step,
+            _VECTOR_BYTES,
+        )  # fmt: skip
+        _emit(builder, rows, panels, places, terms, goes_on)
         return context.get_dummy_value()
 
     @intrinsic
@@ -129,6 +107,90 @@ def _tile(rows: int, panels: int) -> Any:
         return types.void(size, size, size, size, types.boolean, size, size), emit
 
     return tile
+
+
+def _loose_tile(rows: int, panels: int) -> Any:
+    """Return the product of so many rows and panels that lie anywhere, as an intrinsic of numba's.
+
+    A row's values are neighbours, and so are the vectors of a term. Its arguments: addresses of the rows'
+    first term, the first panel's and the first output; terms; whether to go on from what the outputs hold;
+    bytes from row to row, from term to term of the panels, and from row to row of the outputs.
+    """
+
+    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        rows_at, panels_at, outputs_at, terms, goes_on, row_step, term_step, output_step = arguments
+        float_step, vector_step = _whole(_FLOAT_BYTES), _whole(_VECTOR_BYTES)
+        places = _Places(
+            rows_at, row_step, float_step, panels_at, vector_step, term_step, outputs_at, output_step,
+            _FLOAT_BYTES,
+        )  # fmt: skip
+        _emit(builder, rows, panels, places, terms, goes_on)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(
+        typing: Any,
+        rows: Any,
+        panel: Any,
+        output: Any,
+        terms: Any,
+        goes_on: Any,
+        row_step: Any,
+        term_step: Any,
+        output_step: Any,
+    ) -> Any:
+        size = types.intp
+        return types.void(size, size, size, size, types.boolean, size, size, size), emit
+
+    return tile
+
+
+def _emit(builder: Any, rows: int, panels: int, at: _Places, terms: Any, goes_on: Any) -> None:
+    """Write a tile's loop over at least one term."""
+
+    def load(address: Any, kind: Any, align: int) -> Any:
+        value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+        value.align = align
+        return value
+
+    def output(row: int, panel: int) -> Any:
+        offset = builder.mul(at.from_output_to_output, _whole(row))
+        return builder.add(at.outputs, builder.add(offset, _whole(_VECTOR_BYTES * panel)))
+
+    places = [(row, panel) for row in range(rows) for panel in range(panels)]
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+    begin = [builder.select(goes_on, load(output(*place), _VECTOR, _FLOAT_BYTES), zero) for place in places]
+    before = builder.block
+    loop, after = builder.append_basic_block("terms"), builder.append_basic_block("end")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    term = builder.phi(_INT64)
+    term.add_incoming(_whole(0), before)
+    sums = {place: builder.phi(_VECTOR) for place in places}
+    for place, start in zip(places, begin, strict=True):
+        sums[place].add_incoming(start, before)
+    vectors_at = builder.add(at.panels, builder.mul(term, at.from_term_to_term))
+    weights = []
+    for panel in range(panels):
+        address = builder.add(vectors_at, builder.mul(at.from_panel_to_panel, _whole(panel)))
+        weights.append(load(address, _VECTOR, at.panel_align))
+        _prefetch(builder, builder.add(address, _whole(_AHEAD * _VECTOR_BYTES)))
+    values_at = builder.add(at.rows, builder.mul(term, at.from_value_to_value))
+    totals = {}
+    for row in range(rows):
+        value_at = builder.add(values_at, builder.mul(at.from_row_to_row, _whole(row)))
+        value = _broadcast(builder, load(value_at, _FLOAT, _FLOAT_BYTES))
+        for panel in range(panels):
+            total = _multiply_add(builder, value, weights[panel], sums[row, panel])
+            sums[row, panel].add_incoming(total, loop)
+            totals[row, panel] = total
+    following = builder.add(term, _whole(1))
+    term.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, terms), loop, after)
+    builder.position_at_end(after)
+    for place, total in totals.items():
+        target = builder.inttoptr(output(*place), _VECTOR.as_pointer())
+        builder.store(total, target).align = _FLOAT_BYTES
 
 
 def _multiply_add(builder: Any, one: Any, other: Any, total: Any) -> Any:
@@ -158,6 +220,8 @@ _tile_8_3, _tile_8_2, _tile_8_1 = _tile(8, 3), _tile(8, 2), _tile(8, 1)
 _tile_4_4, _tile_4_1 = _tile(4, 4), _tile(4, 1)
 _tile_2_8, _tile_2_1 = _tile(2, 8), _tile(2, 1)
 _tile_1_8, _tile_1_1 = _tile(1, 8), _tile(1, 1)
+_loose_8_2, _loose_8_1 = _loose_tile(8, 2), _loose_tile(8, 1)
+_loose_1_4, _loose_1_2, _loose_1_1 = _loose_tile(1, 4), _loose_tile(1, 2), _loose_tile(1, 1)
 
 
 @part
@@ -245,6 +309,53 @@ def multiply(rows, count, panels, first, last, output):
                         some, goes_on, step, stride, group, end,
                     )  # fmt: skip
                     row += few
+
+
+@part
+def multiply_loosely(rows, first, last, begin, end, matrix, goes_on, output):
+    """Multiply terms [begin, end) of rows [first, last) with a matrix that lies term by term.
+
+    Args:
+        rows: (T, at least K).
+        first: row.
+        last: one past the last row.
+        begin: term.
+        end: one past the last term; nothing happens if there is none.
+        matrix: (K, N), N a multiple of 16.
+        goes_on: whether to add to what the output holds.
+        output: (T, at least N), of which the first N of each row are filled.
+    """
+    terms = end - begin
+    if terms <= 0:
+        return
+    row_step, term_step, output_step = rows.strides[0], matrix.strides[0], output.strides[0]
+    panels = matrix.shape[1] // LANES
+    matrix_at = matrix.ctypes.data + begin * term_step
+    row = first
+    while row < last:
+        rows_at = rows.ctypes.data + row * row_step + begin * _FLOAT_BYTES
+        output_at = output.ctypes.data + row * output_step
+        is_eight = row + 8 <= last
+        panel = 0
+        while panel < panels:
+            at, out = matrix_at + panel * _VECTOR_BYTES, output_at + panel * _VECTOR_BYTES
+            left = panels - panel
+            if is_eight and left >= 2:
+                _loose_8_2(rows_at, at, out, terms, goes_on, row_step, term_step, output_step)
+                panel += 2
+            elif is_eight:
+                _loose_8_1(rows_at, at, out, terms, goes_on, row_step, term_step, output_step)
+                panel += 1
+            elif left >= 4:
+                _loose_1_4(rows_at, at, out, terms, goes_on, row_step, term_step, output_step)
+                panel += 4
+            elif left >= 2:
+                _loose_1_2(rows_at, at, out, terms, goes_on, row_step, term_step, output_step)
+                panel += 2
+            else:
+                _loose_1_1(rows_at, at, out, terms, goes_on, row_step, term_step, output_step)
+                panel += 1
+        row += 8 if is_eight else 1
 
 
 @part

@@ -1,0 +1,72 @@
+"""Compile loops for a CPU, and run them with as many threads as torch uses.
+
+Owns: how numba compiles here, what is kept on disk, and the threads. Does not know what the loops compute
+(`kernels.py`, `tiles.py`, `fused.py`).
+
+The compiler may contract a product and a sum (`contract`), and may not reorder (`reassoc`) or assume that all
+is finite: a number is the result of the same operations in the same order, whatever shares the pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+
+logger = logging.getLogger(__name__)
+
+# OpenMP first: its threads may be used by several threads of a process, and spin while they wait.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
+
+#: Threads that were started for kernels in this process.
+MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+#: What numba was told last, by the thread that told it.
+_calling = threading.local()
+#: Where there is no OpenMP, numba's own threads end the process when two calls meet.
+_one_at_a_time = threading.Lock()
+
+
+def usable_threads() -> int:
+    """Return how many threads kernels use: as many as torch does."""
+    return min(torch.get_num_threads(), MOST_THREADS)
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Return a compiled function, kept on disk between starts where a folder can be written."""
+    # Python's errors would need a branch at each division, and such loops are not vectorized.
+    options |= {"fastmath": {"contract"}, "nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError as err:
+        logger.info("kernel_not_kept name=%s reason=%s", function.__name__, err)
+        return numba.njit(**options)(function)
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """Make a function a part of the compiled ones that call it."""
+    return _compiled(function)
+
+
+class Kernel:
+    """One compiled kernel."""
+
+    __slots__ = ("_compiled",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._compiled = _compiled(function, parallel=True)
+
+    def __call__(self, *arguments: Any) -> None:
+        """Fill the arrays that the kernel fills."""
+        # Always the same number: OpenMP ends a thread that one call does not need, and starts another for
+        # the next.
+        threads = usable_threads()
+        if getattr(_calling, "threads", None) != threads:
+            numba.set_num_threads(threads)
+            _calling.threads = threads
+        with _one_at_a_time:
+            self._compiled(*arguments)
