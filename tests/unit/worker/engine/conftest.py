@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
 from codeherd_worker.engine import forward, operations, passes
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def one_or_two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let torch and a CPU's own kernels compute with one thread, then with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

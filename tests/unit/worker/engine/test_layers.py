@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,12 +20,7 @@ COUNTS = [1, 2, 3, 7, 15, 16, 17, 33, 64, 100]
 needs_avx512 = pytest.mark.skipif(not has_avx512(), reason="fused layers are for CPUs with AVX-512")
 
 
-@pytest.fixture(autouse=True, params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_or_two_threads")
 
 
 def decoder_layer(**changes: Any) -> LlamaDecoderLayer:

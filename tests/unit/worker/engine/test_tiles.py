@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -16,12 +14,7 @@ TERMS = [1, 5, 64, _TERMS - 1, _TERMS, _TERMS + 1, 2 * _TERMS + 3]
 OUTPUTS = [LANES, 3 * LANES, _PANELS * LANES, (2 * _PANELS + 5) * LANES]
 
 
-@pytest.fixture(autouse=True, params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_or_two_threads")
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,7 +65,7 @@ def test_a_rows_bits_depend_on_nothing_beside_it(bad: float) -> None:
     assert torch.equal(product(spoilt, weight)[1::2], alone[1::2])
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     rows, weight = draw(37, 300), draw(7 * LANES, 300, seed=1)
     before = product(rows, weight)
 
