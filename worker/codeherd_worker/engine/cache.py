@@ -22,8 +22,7 @@ from codeherd_worker.engine.slot_classes import SlotClass
 #: Tokens. Slots end at multiples of this many, and torch's attention reads up to them: its CPU kernel sums
 #: blocks of 512 keys, and a block that is masked as a whole adds exactly nothing.
 KV_BLOCK = 512
-#: Keys that lie together, dimension by dimension, for a CPU's kernel: little is read in vain. Who changes it
-#: touches `kernels.py` too: what was compiled is kept on disk, and goes by that file alone.
+#: Keys that lie together, dimension by dimension, for a CPU's kernel: little is read in vain.
 KEY_BLOCK = 32
 #: Tokens per slot beyond what is read: a whole block of keys. As a multiple of 16 they also keep slots
 #: aligned alike: kernels may round differently when the same numbers lie at another alignment.

@@ -9,9 +9,11 @@ is finite: a number is the result of the same operations in the same order, what
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -24,6 +26,12 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ign
 
 #: Threads that were started for kernels in this process.
 MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+#: Files whose code becomes part of a loop, and numbers that loops were compiled with.
+_SOURCES = ("cache.py", "compiled.py", "fused.py", "kernels.py", "tiles.py")
+_digest = hashlib.sha256(
+    b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)
+).hexdigest()
 
 #: What numba was told last, by the thread that told it.
 _calling = threading.local()
@@ -41,10 +49,15 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     # Python's errors would need a branch at each division, and such loops are not vectorized.
     options |= {"fastmath": {"contract"}, "nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError as err:
         logger.info("kernel_not_kept name=%s reason=%s", function.__name__, err)
         return numba.njit(**options)(function)
+    # numba goes by the file of the function alone, and would run yesterday's tile in today's loop. The names are
+    # not public, which is one reason why numba's minor version is pinned.
+    kept = compiled._cache._cache_file  # noqa: SLF001
+    kept._source_stamp = (kept._source_stamp, _digest)  # noqa: SLF001
+    return compiled
 
 
 def part(function: Callable[..., Any]) -> Any:
