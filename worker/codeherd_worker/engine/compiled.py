@@ -53,8 +53,8 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     except RuntimeError as err:
         logger.info("kernel_not_kept name=%s reason=%s", function.__name__, err)
         return numba.njit(**options)(function)
-    # numba goes by the file of the function alone, and would run yesterday's tile in today's loop. The names are
-    # not public, which is one reason why numba's minor version is pinned.
+    # numba goes by the file of the function alone, and would run yesterday's tile in today's loop. The names
+    # are not public, which is one reason why numba's minor version is pinned.
     kept = compiled._cache._cache_file  # noqa: SLF001
     kept._source_stamp = (kept._source_stamp, _digest)  # noqa: SLF001
     return compiled
