@@ -1,7 +1,7 @@
 """Call a model's weight matrices in the fastest form that this device has.
 
 Owns: which matrices are multiplied together and how each is stored for it. Does not know what a layer
-computes with them (`forward.py`) or how weights were loaded and quantized (`loading.py`).
+computes with them (`layers.py`) or how weights were loaded and quantized (`loading.py`).
 
     dense, GPU    matrices that read the same input become one; the modules keep views of it.
     float32, CPU  the same, then packed once for tiles of our own (`tiles.py`), where the CPU has AVX-512.

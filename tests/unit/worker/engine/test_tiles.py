@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from codeherd_worker.engine import linears
 from codeherd_worker.engine.tiles import _PANELS, _TERMS, BLOCK, LANES, multiply_rows, pack
 
 #: Every tile alone and beside others, whole blocks, and so many that terms come in parts.
@@ -92,6 +93,8 @@ def test_panels_hold_sixteen_outputs_term_by_term_where_vectors_are_aligned() ->
     panels = pack(weight)
 
     assert panels.shape == (3, 5, LANES)
+    # A GPU's worker, which has no compiler, asks for it there.
+    assert linears.PANEL == LANES
     assert panels.ctypes.data % (4 * LANES) == 0
     for panel in range(3):
         assert np.array_equal(panels[panel], weight[LANES * panel : LANES * (panel + 1)].T.numpy())
