@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from codeherd_worker.engine import forward, operations, passes
+from codeherd_worker.engine import forward, linears, operations, passes
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -43,3 +43,4 @@ def torch_operators(torch_attention: None, monkeypatch: pytest.MonkeyPatch) -> N
         return operations._Torch(activation, epsilon)
 
     monkeypatch.setattr(forward, "operations_for", operations_for)
+    monkeypatch.setattr(linears, "can_tile", lambda _weight: False)
