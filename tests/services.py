@@ -233,6 +233,19 @@ class RedisServer(Server):
         except OSError:
             return False
 
+    def has_unread(self, pid: int) -> bool:
+        """Whether a process has sent something that this server has not read: it is paused, or busy."""
+        inodes = set()
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                inodes.add(descriptor.readlink().name)
+        # Of proc(5): local and remote address, state, what waits to be sent and to be read, ..., inode.
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        theirs = {row[1] for row in rows if f"socket:[{row[9]}]" in inodes}
+        port = f":{self.port:04X}"
+        mine = [row for row in rows if row[1].endswith(port) and row[2] in theirs]
+        return any(int(row[4].partition(":")[2], 16) > 0 for row in mine)
+
 
 class PostgresServer(Server):
     """A PostgreSQL server that trusts everybody on loopback and does not care for power cuts."""

@@ -20,6 +20,8 @@ from typing import Any, Self, TypeVar
 import kombu
 from celery import Celery
 from celery.app.control import Control
+from celery.app.events import Events
+from celery.events import EventDispatcher
 from kombu.exceptions import KombuError
 from kombu.pidbox import Mailbox
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
@@ -123,7 +125,7 @@ def celery_settings(settings: SharedSettings, queues: Sequence[str]) -> dict[str
 def make_app(settings: SharedSettings, queues: Sequence[str]) -> Celery:
     """Build the Celery app for these queues. Connects to nothing yet."""
     # The user's address stays as it is; what comes from there is checked (`codeherd_schema.transport`).
-    app = Celery("codeherd", set_as_current=False, amqp=HerdAMQP)
+    app = Celery("codeherd", set_as_current=False, amqp=HerdAMQP, control=_Control, events=_Events)
     app.conf.update(celery_settings(settings, queues))
     return app
 
@@ -135,7 +137,6 @@ class Broker:
         """Remember where the broker is; the first call connects."""
         self._settings = settings
         self._app = make_app(settings, ())
-        self._control = _Control(self._app)
         # A pool of our own: Celery's are shared by all apps of the process with the same address,
         # so closing one would close the other's.
         self._pool = self._connection().Pool(limit=CONNECTIONS)
@@ -245,7 +246,7 @@ class Broker:
             BrokerUnavailable: Redis did not answer in time.
         """
         with self._connected() as connection:
-            self._control.broadcast("cancel_job", arguments={"job_id": job_id}, connection=connection)
+            self._app.control.broadcast("cancel_job", arguments={"job_id": job_id}, connection=connection)
 
     def announce(self, *job_ids: str) -> None:
         """Say that jobs have ended, to whoever listens.
@@ -317,7 +318,7 @@ class Broker:
             BrokerUnavailable: Redis did not answer in time.
         """
         with self._reachable(), self._connection() as connection:
-            replies = self._control.broadcast(
+            replies = self._app.control.broadcast(
                 "engine_stats", reply=True, timeout=timeout_s, connection=connection
             )
         return {
@@ -368,6 +369,10 @@ class Broker:
             ) from err
 
 
+# Celery and kombu send commands, answers and heartbeats with `retry=True`, which has no end while Redis does
+# not answer: a worker's main thread would stay there for as long, and hear of no stop.
+
+
 class _OnceProducer(kombu.Producer):
     """Sends once, whatever the caller says."""
 
@@ -376,7 +381,7 @@ class _OnceProducer(kombu.Producer):
 
 
 class _Mailbox(Mailbox):
-    """Talks to workers without kombu's `retry=True`, which has no end while Redis is away."""
+    """Carries commands to workers and their answers."""
 
     @contextlib.contextmanager
     def producer_or_acquire(self, producer: Any = None, channel: Any = None) -> Iterator[Any]:
@@ -385,6 +390,17 @@ class _Mailbox(Mailbox):
 
 class _Control(Control):
     Mailbox = _Mailbox
+
+
+class _OnceDispatcher(EventDispatcher):
+    """Sends events; what cannot be sent now is kept for the next connection."""
+
+    def send(self, type: str, **options: Any) -> None:  # noqa: A002 -- the name of Celery's own parameter
+        super().send(type, **{**options, "retry": False})
+
+
+class _Events(Events):
+    dispatcher_cls = _OnceDispatcher
 
 
 class Endings:

@@ -239,7 +239,10 @@ class NullHerd:
 
     def wait_exit(self, name: str, *, timeout_s: float = READY_TIMEOUT_S) -> int:
         """Wait until the process of this name has ended by itself; return its exit status."""
-        return self._processes.pop(name).wait(timeout_s)
+        status = self._processes[name].wait(timeout_s)
+        # Not before: one that does not end is still to be killed.
+        del self._processes[name]
+        return status
 
     def has_ended(self, name: str) -> bool:
         """Return whether what was started under this name has ended by itself."""

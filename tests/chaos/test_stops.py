@@ -156,14 +156,19 @@ def test_f16_a_stop_while_it_loads_or_idles_ends_it_at_once(herd: NullHerd) -> N
 
 
 @one_database
+@pytest.mark.parametrize("when", ["at once", "late"])
 def test_f16_a_stop_while_redis_is_frozen_gives_running_jobs_back(
-    herd: NullHerd, module_redis: RedisServer
+    herd: NullHerd, module_redis: RedisServer, when: str
 ) -> None:
     restart(herd, "one")
     mine, others, waiting = flood(herd)
 
     module_redis.pause()
     try:
+        if when == "late":
+            # Its main thread waits for Redis already, which has not taken its heartbeat.
+            [pid] = herd.pids("one")
+            wait_until(lambda: module_redis.has_unread(pid), "a heartbeat to be sent")
         herd.signal("one", signal.SIGTERM)
         assert herd.wait_exit("one", timeout_s=BOUND_S) == 0
         given_back = [herd.outcomes(job.id) for job in mine]

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
 
-from codeherd_schema.broker import BATCH, CONNECTIONS, Broker
+from codeherd_schema.broker import BATCH, CONNECTIONS, Broker, make_app
 from codeherd_schema.errors import BrokerUnavailable
 from codeherd_schema.hints import Hint
 from codeherd_schema.requests import JobKind
@@ -316,3 +319,36 @@ def test_many_threads_share_few_connections_and_closing_gives_them_back(
     assert clients() <= 2 * CONNECTIONS
     own_broker.close()
     wait_until(lambda: clients() == 0, "the connections to close")
+
+
+@pytest.mark.parametrize("what", ["heartbeat", "answer"])
+def test_nothing_is_sent_again_and_again_while_redis_is_away(what: str) -> None:
+    """Celery asks for retries without end in both, on the thread that has to hear of a stop."""
+    ends: list[str] = []
+
+    def send() -> None:
+        settings = SharedSettings.model_validate({"broker_url": server.url, "connect_timeout_s": 0.3})
+        app = make_app(settings, [QUEUE])
+        with app.connection_for_write() as connection:
+            mailbox = app.control.mailbox(connection)
+            node = mailbox.Node("one@here", channel=connection.channel())
+            node.reply({}, "reply", "key", "ticket")
+            dispatcher = app.events.Dispatcher(connection)
+            dispatcher.send("worker-heartbeat", retry=True)
+            assert not dispatcher._outbound_buffer
+            server.kill()
+            if what == "heartbeat":
+                dispatcher.send("worker-heartbeat", retry=True)
+                ends.append("kept" if dispatcher._outbound_buffer else "lost")
+                return
+            try:
+                node.reply({}, "reply", "key", "ticket")
+            except (KombuError, RedisError):
+                ends.append("told")
+
+    with RedisServer() as server:
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        sender.join(60)
+
+    assert ends == [{"heartbeat": "kept", "answer": "told"}[what]]

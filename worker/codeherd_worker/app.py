@@ -122,6 +122,7 @@ class HerdWorker(Worker):
     def _on_signal(self, number: int, _frame: Any) -> None:
         # Plain flags only: a lock taken here may be held by the code that the signal interrupted.
         process = self.app.codeherd
+        process.stop_asked = True
         # A remote shutdown counts as the first one, but leaves no word in `state`.
         if state.should_stop is not None or process.draining or number == signal.SIGQUIT:
             process.hurry = True

@@ -4,12 +4,13 @@ Owns: what is opened before the first job, what runs beside the jobs, how a stop
 know Celery: `codeherd_worker.app` starts it, `codeherd_worker.pool` tells it when to drain and close.
 Nor torch: what generates is handed in (`codeherd_worker.preparation` makes it).
 
-    open:  store -> broker -> generator, ready -> heartbeat, lease guard, rescuer, watchdog
+    open:  store -> broker -> generator, ready -> heartbeat, lease guard, rescuer, watchdog, stop guard
     drain: take no more jobs -> let the running ones finish -> release what is left
-    close: watchdog, rescuer, lease guard, heartbeat -> generator -> broker, store
+    close: stop guard, watchdog, rescuer, lease guard, heartbeat -> generator -> broker, store
 
-A database that never answers would hold up each of the last steps for ever; then the process ends as it is
-once its leases have run out, since from there on it has nothing to lose.
+A stop ends in time whatever does not answer. Where Celery does not begin to drain, since it waits for Redis,
+the stop guard does. A database that never answers would hold up each of the last steps for ever; then the
+process ends as it is once its leases have run out, since from there on it has nothing to lose.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ DRAIN_CHECK_S = 0.1
 GUARD_INTERVAL_S, GUARD_SHARE = 1.0, 0.05
 #: Seconds between two looks of the watchdog.
 WATCH_INTERVAL_S = 1.0
-#: Seconds that closing may take when every lease has run out.
+#: Seconds between two looks at whether a stop was asked for; and those that Celery has to begin with it.
+STOP_INTERVAL_S, STOP_HEARD_S = 1.0, 10.0
+#: Seconds that closing may take when every lease has run out, and Celery's part of the end after that.
 CLOSE_TIMEOUT_S = 10.0
 #: Exit status after the engine broke, or after a stop that would not end (EX_SOFTWARE of sysexits.h).
 ENGINE_BROKEN_STATUS = STUCK_STATUS = 70
@@ -83,6 +86,8 @@ class WorkerProcess:
         self.queue = queue_name(self.model.name)
         self.worker_id = f"{name}@{socket.gethostname()}"
         self.running = Running()
+        #: Set by the first stop signal.
+        self.stop_asked = False
         #: Set by a second stop signal: do not wait for the drain.
         self.hurry = False
         #: What the process ends with when Celery has no other wish.
@@ -90,6 +95,7 @@ class WorkerProcess:
         self._device = device
         self._prepare = prepare
         self._open_store = open_store
+        self._drains = threading.Lock()
         self._closing, self._closed = threading.Event(), threading.Event()
         self._stack = contextlib.ExitStack()
 
@@ -138,6 +144,7 @@ class WorkerProcess:
             ),
             Periodic("rescuer", rescuer.look, pause_s=lambda: _spread(settings.reap_interval_s)),
             Periodic("watchdog", self._watch(watchdog), pause_s=lambda: WATCH_INTERVAL_S),
+            Periodic("stop guard", self._guard_stop(), pause_s=lambda: STOP_INTERVAL_S),
         ):
             part.start()
             stack.callback(part.close)
@@ -170,7 +177,12 @@ class WorkerProcess:
         return self._runner.draining
 
     def drain(self) -> None:
-        """Take no more jobs, and release what still runs when the drain's time is over."""
+        """Take no more jobs, and release what still runs when the drain's time is over.
+
+        Every call but the first does nothing.
+        """
+        if not self._drains.acquire(blocking=False):
+            return
         logger.info("draining running=%d", len(self.running.held()))
         self._runner.drain()
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
@@ -188,6 +200,20 @@ class WorkerProcess:
 
         return look
 
+    def _guard_stop(self) -> Callable[[], None]:
+        asked_at: float | None = None
+
+        def look() -> None:
+            nonlocal asked_at
+            if not self.stop_asked or self.draining:
+                return
+            asked_at = asked_at or time.monotonic()
+            if time.monotonic() - asked_at >= STOP_HEARD_S:
+                logger.warning("stop_unheard waited_s=%.0f", STOP_HEARD_S)
+                self.drain()
+
+        return look
+
     def _drain(self) -> None:
         end = time.monotonic() + self.settings.worker_drain_timeout_s
         while not self.hurry and time.monotonic() < end and self.running.held():
@@ -198,6 +224,10 @@ class WorkerProcess:
         if not self._closed.wait(self.settings.lease_s + CLOSE_TIMEOUT_S):
             logger.critical("stop_stuck running=%d", len(self.running.held()))
             os._exit(STUCK_STATUS)
+        # Jobs, model and database are closed; what Celery still has to say to Redis is of use to nobody.
+        time.sleep(CLOSE_TIMEOUT_S)
+        logger.warning("end_stuck waited_s=%.0f", CLOSE_TIMEOUT_S)
+        os._exit(self.exit_status)
 
     def _engine_broke(self) -> None:
         self.exit_status = ENGINE_BROKEN_STATUS
