@@ -3,8 +3,8 @@
     python -m benchmarks.run [--models ...] [--workloads ...] [--systems ...] [--rounds 3] [--write]
 
 Owns: the command line and where results are kept. Progress goes to standard error, the tables to standard
-output. With `--write` they also go to `benchmarks/results`: a dated page, and one line per figure in
-`engine.jsonl`. The exit status is 1 if a system failed.
+output. With `--write` they also go to `benchmarks/results`, a dated page and one line per figure in
+`engine.jsonl`, as each contest ends: all of them take an hour. The exit status is 1 if a system failed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,19 @@ RESULTS = Path(__file__).parent / "results"
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what was asked for; return the exit status."""
     options = _parser().parse_args(argv)
-    run = measure(
+    run = Run(datetime.now(UTC).date(), (), ())
+    for part in measure(
         options.models,
         {name: WORKLOADS[name] for name in options.workloads},
         [SYSTEMS[name] for name in options.systems],
         rounds=options.rounds,
+        day=run.day,
         tell=_tell_since(time.monotonic()),
-    )
+    ):
+        run = Run(run.day, run.contests + part.contests, run.floors + part.floors)
+        if options.write:
+            store(run, part, RESULTS)
     print(document(run), end="")
-    if options.write:
-        store(run, RESULTS)
     return 1 if any(_has_failed(contest) for contest in run.contests) else 0
 
 
@@ -51,29 +54,27 @@ def measure(
     entries: Sequence[Entry],
     *,
     rounds: int,
+    day: date,
     tell: Callable[[str], None],
-) -> Run:
-    """Hold one contest per model and workload."""
-    day = datetime.now(UTC).date()
-    contests: list[Contest] = []
-    floors: list[Floor] = []
+) -> Iterator[Run]:
+    """Hold one contest per model and workload, and yield each."""
     for name in models:
         tell(f"{name}: preparing the weights")
         model = prepare(name)
         for workload, builder in builders.items():
             most = MOST_ROUNDS.get((name, workload), rounds)
             contest = hold(model, builder, entries, rounds=min(rounds, most), tell=tell)
-            contests.append(contest)
+            floors: tuple[Floor, ...] = ()
             if workload == "ragged" and OURS in entries:
-                floors.append(floor_of(contest, _measure_floor(model)))
-    return Run(day, tuple(contests), tuple(floors))
+                floors = (floor_of(contest, _measure_floor(model)),)
+            yield Run(day, (contest,), floors)
 
 
-def store(run: Run, folder: Path) -> None:
-    """Write the dated page and add the rows to `engine.jsonl`."""
+def store(run: Run, part: Run, folder: Path) -> None:
+    """Write the dated page of the run so far, and add the rows of its newest part to `engine.jsonl`."""
     folder.mkdir(exist_ok=True)
     (folder / f"{run.day.isoformat()}-engine-cpu.md").write_text(document(run), encoding="utf-8")
-    append(rows(run), folder / "engine.jsonl")
+    append(rows(part), folder / "engine.jsonl")
 
 
 def append(new_rows: Iterable[Mapping[str, Any]], path: Path) -> None:
