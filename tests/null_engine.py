@@ -118,6 +118,8 @@ class NullEngine:
         with self._turn:
             if self.broken or self._closed:
                 raise EngineFailed("the engine is broken")
+            if not (self._active or self._waiting):
+                self._last_step_at = sequence.submitted_at
             self._waiting.append(sequence)
             self._turn.notify()
         return sequence.future
@@ -171,7 +173,6 @@ class NullEngine:
         with self._turn:
             while not (self._active or self._waiting or self._closed):
                 self._turn.wait()
-                self._last_step_at = time.monotonic()
             while self._waiting and len(self._active) < self._slots:
                 sequence = self._waiting.popleft()
                 sequence.admitted_at = time.monotonic()

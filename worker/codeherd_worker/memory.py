@@ -17,8 +17,8 @@ The rule. Jobs need slots of different lengths, and a long slot is cheap to have
        holds half of the cache.
     3. A quarter of the other slots are `MIDDLE` times as long as the rest, but no longer than the longest.
     4. Lengths are whole multiples of `STEP`; what rounding leaves goes to the middle ones.
-    5. If the short ones would be shorter than `STEP`, all are alike, some of them one `STEP` longer; if
-       even that is less than `STEP` each, the plan does not fit.
+    5. If the short ones or the longest would be shorter than `STEP`, all are alike, some of them one
+       `STEP` longer; if even that is less than `STEP` each, the plan does not fit.
 A job may use a slot of any longer class, so the order of lengths costs no job its turn.
 
 Every slot takes `SPARE_TOKENS` beyond its length, which nobody reads (`engine.cache`); idle rows, where
@@ -217,7 +217,7 @@ def choose_classes(tokens: int, *, slots: int, window: int, idle_rows: int = 0) 
     shorts = slots - 1 - middles
     left = room - _aligned(longest)
     short = _whole_steps(left // (shorts + MIDDLE * middles)) if shorts else 0
-    if short < STEP:
+    if min(short, longest) < STEP:
         return _alike(room, slots, window)
     middle = short
     if middles:

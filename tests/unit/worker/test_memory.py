@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from codeherd_schema.errors import InvalidSetting, OutOfMemory
@@ -101,6 +101,8 @@ def test_real_models_on_80_gb(size: str, quantization: str, slots: int, classes:
     window=st.sampled_from([300, 512, 2048, 4096, 16_384, 100_000]),
     idle_rows=st.integers(0, 16),
 )
+# Half of this cache is less than one step.
+@example(tokens=576, slots=2, window=300, idle_rows=0)
 def test_whatever_is_computed_fits_and_uses_the_memory(
     tokens: int, slots: int, window: int, idle_rows: int
 ) -> None:

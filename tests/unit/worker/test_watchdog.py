@@ -101,6 +101,31 @@ def test_an_idle_engine_never_counts_as_hung() -> None:
     engine.close()
 
 
+def test_work_that_comes_after_hours_finds_the_engine_alive() -> None:
+    now, ended = [0.0], list[int]()
+    engine = Engine(tiny_llama(), EngineSettings.uniform(slots=2, max_len=128), clock=lambda: now[0])
+    watchdog = Watchdog(
+        engine, step_timeout_s=5.0, on_broken=lambda: None, on_hung=ended.append, clock=lambda: now[0]
+    )
+    now[0] = 36_000.0
+    # Seen before the first pass: the engine does not even run yet.
+    first = engine.submit(sequence(None))
+    watchdog.look()
+    assert ended == []
+
+    # What comes later gives nobody more time.
+    now[0] += 4.0
+    second = engine.submit(sequence(None))
+    now[0] += 2.0
+    watchdog.look()
+    assert ended == [HUNG_STATUS]
+
+    engine.start()
+    first.result(30)
+    second.result(30)
+    engine.close()
+
+
 def test_a_broken_engine_is_told_once() -> None:
     model = tiny_llama(**CALLED)
     engine = Engine(model, EngineSettings.uniform(slots=2, max_len=128))

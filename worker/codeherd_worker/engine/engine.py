@@ -226,6 +226,9 @@ class Engine:
                 raise EngineFailed(f"the engine broke: {self._failure}") from self._failure
             if self._is_closing:
                 raise EngineFailed("the engine is closed")
+            if not self._open:
+                # Before anybody can see that there is work: how long it was idle is nobody's fault.
+                self._last_step_at = sequence.submitted_at
             self._arrived.append(sequence)
             self._open[sequence] = None
             self._wake.notify()

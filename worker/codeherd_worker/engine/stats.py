@@ -48,6 +48,6 @@ class EngineStats:
     #: Seconds in which the engine had something to do.
     busy_s: float
     cache_bytes: int
-    #: On the engine's clock: when a pass of the model last began or ended. Old while `active` is not
-    #: 0 means that the device hangs.
+    #: On the engine's clock: when a pass of the model last began or ended, or work came to an idle engine.
+    #: Old while `active` or `waiting` is not 0 means that the device hangs.
     last_step_at: float
