@@ -66,6 +66,11 @@ class Answer:
         """New tokens per second, from the first submission to the last answer."""
         return sum(self.tokens) / self.wall_s
 
+    @property
+    def outcomes(self) -> list[tuple[int, str]]:
+        """How many tokens each job got, and its text."""
+        return list(zip(self.tokens, self.texts, strict=True))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and store if asked to; return the exit status."""
@@ -102,8 +107,8 @@ def measure(model: BenchModel, *, jobs: int, rounds: int) -> dict[str, Any]:
             # Round 0 warms both up.
             requests = make_requests(model, vocabulary, jobs if number else SLOTS, number)
             by_service, by_engine = _ask_service(client, requests), _ask_engine(engine, requests)
-            if (by_service.texts, by_service.tokens) != (by_engine.texts, by_engine.tokens):
-                raise RuntimeError(f"{model.name}: service and engine disagree about a text")
+            if by_service.outcomes != by_engine.outcomes:
+                raise RuntimeError(f"{model.name}, round {number}: {_difference(by_service, by_engine)}")
             if number:
                 service_rates.append(by_service.tokens_per_s)
                 engine_rates.append(by_engine.tokens_per_s)
@@ -124,6 +129,13 @@ def measure(model: BenchModel, *, jobs: int, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "load_average": round(load_average, 2),
     }
+
+
+def _difference(service: Answer, engine: Answer) -> str:
+    """Say everything about jobs whose answers differ: it may not happen a second time."""
+    pairs = enumerate(zip(service.outcomes, engine.outcomes, strict=True))
+    differing = [f"job {number}: {one!r} and {other!r}" for number, (one, other) in pairs if one != other]
+    return f"service and engine disagree about {len(differing)} jobs: {'; '.join(differing)}"
 
 
 def make_requests(
