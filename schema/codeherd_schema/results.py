@@ -103,7 +103,7 @@ class Result(Frozen):
     model_revision: str
     #: How the weights are held: `nf4`, `int8`, `none`, `bf16`, …, or the format they were stored in.
     quantization: str
-    #: Identifies everything else that the bytes depend on: versions, device, slots, shapes.
+    #: Identifies what else the bytes depend on: versions, device, slots, shapes, and how it all computes.
     engine_fingerprint: str
     worker_id: str
     timings: Timings

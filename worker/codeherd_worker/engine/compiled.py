@@ -1,7 +1,7 @@
 """Compile loops for a CPU, and run them with as many threads as torch uses.
 
-Owns: how numba compiles here, what is kept on disk, and the threads. Does not know what the loops compute
-(`kernels.py`, `tiles.py`, `fused.py`).
+Owns: how numba compiles here, and the threads. Does not know what the loops compute (`kernels.py`,
+`tiles.py`, `fused.py`), or how a compiled loop is kept on disk (`kept_loops.py`).
 
 The compiler may contract a product and a sum (`contract`), and may not reorder (`reassoc`) or assume that all
 is finite: a number is the result of the same operations in the same order, whatever shares the pass.
@@ -14,10 +14,12 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numba
 import torch
+
+from codeherd_worker.engine.kept_loops import KeptLoops
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 #: Files whose code becomes part of a loop, and numbers that loops were compiled with.
 _SOURCES = ("cache.py", "compiled.py", "fused.py", "kernels.py", "tiles.py")
-_digest = hashlib.sha256(
+#: Of these files: a loop is what all of them say.
+SOURCES_DIGEST: Final = hashlib.sha256(
     b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)
 ).hexdigest()
 
@@ -53,10 +56,10 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     except RuntimeError as err:
         logger.info("kernel_not_kept name=%s reason=%s", function.__name__, err)
         return numba.njit(**options)(function)
-    # numba goes by the file of the function alone, and would run yesterday's tile in today's loop. The names
-    # are not public, which is one reason why numba's minor version is pinned.
-    kept = compiled._cache._cache_file  # noqa: SLF001
-    kept._source_stamp = (kept._source_stamp, _digest)  # noqa: SLF001
+    # The names are not public, which is one reason why numba's minor version is pinned.
+    cache = compiled._cache  # noqa: SLF001
+    name = cache._impl.filename_base  # noqa: SLF001
+    cache._cache_file = KeptLoops(Path(cache.cache_path), name, SOURCES_DIGEST)  # noqa: SLF001
     return compiled
 
 

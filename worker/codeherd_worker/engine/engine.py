@@ -185,7 +185,8 @@ class Engine:
         """Run every shape once, so that the first sequence pays for nothing; before `start`."""
         checks = self._decoder.warm_up()
         self._scheduler = self._new_scheduler()
-        self.facts = _facts(self._model, self._decoder, self._settings)
+        # What is known of versions and devices does not say how they compute; what they computed does.
+        self.facts = _facts(self._model, self._decoder, self._settings) | {"bits": checks.bits}
         self.fingerprint = _digest(self.facts)
         return checks
 
@@ -386,6 +387,11 @@ def _facts(model: LlamaForCausalLM, decoder: SlotDecoder, settings: EngineSettin
         facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         facts["threads"] = torch.get_num_threads()
         facts |= {name: importlib.metadata.version(name) for name in _COMPILERS}
+        if decoder.passes.has_loops:
+            # Imported here: a GPU's worker needs no compiler.
+            from codeherd_worker.engine.compiled import SOURCES_DIGEST
+
+            facts["loops"] = SOURCES_DIGEST
     return facts
 
 

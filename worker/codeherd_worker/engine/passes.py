@@ -141,9 +141,14 @@ class Passes:
         )
 
     @property
+    def has_loops(self) -> bool:
+        """Whether attention is our own compiled loops."""
+        return self._on_cpu is not None
+
+    @property
     def reads_vary(self) -> bool:
         """Whether slots are read farther than their tokens need."""
-        return self._on_cpu is None
+        return not self.has_loops
 
     def row_count(self, rows: int) -> int:
         """Return how many rows a step has that needs so many."""

@@ -25,7 +25,7 @@ def test_a_loop_is_kept_until_any_file_of_loops_changes(
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
 
     assert [misses(), misses()] == [1, 0]
-    monkeypatch.setattr(compiled, "_digest", "of other files")
+    monkeypatch.setattr(compiled, "SOURCES_DIGEST", "of other files")
     assert [misses(), misses()] == [1, 0]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from codeherd_schema.errors import (
@@ -743,6 +744,24 @@ def test_warm_up_settles_the_facts(model: LlamaForCausalLM, monkeypatch: pytest.
     assert not checks.drafts_agree
     assert engine.facts["draft_tokens"] == 2
     assert engine.fingerprint != before
+
+
+def test_a_device_that_computes_otherwise_has_another_fingerprint(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warm(draft_tokens: int = 0) -> Engine:
+        engine = make_engine(model, uniform(draft_tokens=draft_tokens))
+        engine.warm_up()
+        return engine
+
+    same = warm()
+    assert warm().facts == warm(draft_tokens=2).facts == same.facts
+    embed = functional.embedding
+    monkeypatch.setattr(functional, "embedding", lambda ids, weight: embed(ids, weight) * (1 + 2**-22))
+    other = warm()
+
+    assert {name for name, value in other.facts.items() if value != same.facts[name]} == {"bits"}
+    assert other.fingerprint != same.fingerprint
 
 
 def test_warm_up_leaves_answers_as_they_are(model: LlamaForCausalLM) -> None:
