@@ -52,6 +52,8 @@ class CpuAttention:
         self.queries = np.empty((*shape, cache.head_size), np.float32)
         self.scores = np.empty((*shape, int(cache.capacities.max())), np.float32)
         self.mixed = np.empty((*shape, cache.head_size), np.float32)
+        # Of the last pass whose slots came as a tensor: the tensor, and what follows from it.
+        self._seated: tuple[torch.Tensor, tuple[NDArray[np.int64], ...]] | None = None
 
     def over(
         self,
@@ -67,10 +69,20 @@ class CpuAttention:
             places: (T,) int64, where in its slot a token is stored. Who is stored at a spare place belongs to
                 no sequence, and attends next to nothing.
         """
-        own_slots, own_places = np.asarray(slots, np.int64), np.asarray(places, np.int64)
-        is_spare = own_places >= self.cache.spare_places[own_slots]
-        ends = np.where(is_spare, 1, np.asarray(positions, np.int64) + 1)
-        return CpuPass(self, own_slots, own_places, ends, _groups(own_slots, self.tokens))
+        own_slots, spares, groups = self._seats(slots)
+        own_places = np.asarray(places, np.int64)
+        ends = np.where(own_places >= spares, 1, np.asarray(positions, np.int64) + 1)
+        return CpuPass(self, own_slots, own_places, ends, groups)
+
+    def _seats(self, slots: Sequence[int] | torch.Tensor) -> tuple[NDArray[np.int64], ...]:
+        """Return the slots, where the spare places of each begin, (T,), and the groups."""
+        # Decode steps pass the same tensor until a sequence comes or goes; nobody writes to it.
+        if self._seated is not None and self._seated[0] is slots:
+            return self._seated[1]
+        own_slots = np.asarray(slots, np.int64)
+        seats = own_slots, self.cache.spare_places[own_slots], _groups(own_slots, self.tokens)
+        self._seated = (slots, seats) if isinstance(slots, torch.Tensor) else None
+        return seats
 
 
 class CpuPass:

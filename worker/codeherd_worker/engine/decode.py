@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from codeherd_worker.engine import probes
 from codeherd_worker.engine.layouts import Piece, StepLayout, lay_out_step
 from codeherd_worker.engine.passes import Passes
-from codeherd_worker.engine.sampling import Sampled, SlotSampler
+from codeherd_worker.engine.sampling import Sampled, SlotSampler, are_sound
 from codeherd_worker.engine.sampling_params import SamplingParams
 from codeherd_worker.engine.slot_classes import SlotClass
 from codeherd_worker.engine.tokens import NOT_FINITE, Pending
@@ -233,6 +233,5 @@ class SlotDecoder:
             sampled = self._sampler.sample(logits, positions, rows)
         else:
             sampled = self._sampler.sample(logits, positions, rows, drafts)
-        # The maximum is NaN or infinite if any logit is NaN or +inf; -inf alone does no harm.
-        tokens = torch.where(logits.amax(-1).isfinite(), sampled.tokens, NOT_FINITE)
+        tokens = torch.where(are_sound(logits), sampled.tokens, NOT_FINITE)
         return Sampled(tokens, sampled.chosen_logprob, sampled.top_ids, sampled.top_logprobs)

@@ -264,6 +264,8 @@ class Passes:
 
     def _reads(self, layout: StepLayout, ends: Mapping[int, int]) -> list[int]:
         """Say how far each run of slots is read: its longest live slot decides."""
+        if not self.reads_vary:
+            return [lengths[-1] for lengths in self.kv_lengths]
         if self.graphs.captures:
             # One measure for all classes: else every combination would be a graph of its own.
             return self.reads_of(layout, max(ends.values(), default=1))
@@ -291,7 +293,9 @@ class Passes:
     ) -> Attend:
         """Return the attention of one decode step, reading each run of slots as far as `reads` says."""
         if self._on_cpu is not None:
-            slots = layout.rows.repeat_interleave(positions.shape[1])
+            # The layout's own rows if they can be: what follows from them is known from the step before.
+            width = positions.shape[1]
+            slots = layout.rows if width == 1 else layout.rows.repeat_interleave(width)
             return self._on_cpu.over(slots, positions.flatten(), written.flatten())
         return DecodeAttention(
             self.cache,

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 
 from codeherd_worker.engine.sampling_params import MOST_LOGPROBS, SamplingParams
@@ -403,6 +404,15 @@ def mix(number: torch.Tensor) -> torch.Tensor:
 def _shift_right(number: torch.Tensor, bits: int) -> torch.Tensor:
     # torch has no unsigned shift: drop the copies of the sign bit.
     return (number >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def are_sound(logits: torch.Tensor) -> torch.Tensor:
+    """Return where a token can be chosen, bool, (..., V) to (...); minus infinity alone does no harm."""
+    # The maximum is NaN or infinite if any logit is NaN or plus infinity.
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.amax(-1).isfinite()
+    # numpy's needs one thread: torch wakes a team of its own for it, 0.15 ms of a decode step of 2.
+    return torch.from_numpy(np.isfinite(logits.numpy().max(-1)))
 
 
 def _likeliest(scores: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from codeherd_worker.engine.sampling import (
     Rows,
     Sampled,
     SlotSampler,
+    are_sound,
     gumbel_noise,
     lowest_kept,
     mix,
@@ -606,3 +607,16 @@ def test_a_vanishing_temperature_is_greedy() -> None:
 def test_impossible_parameters_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_sound_without_nan_and_plus_infinity(dtype: torch.dtype) -> None:
+    logits = torch.zeros(5, 2, 40, dtype=dtype)
+    logits[1, 0, 7] = -math.inf
+    logits[2, 1, 39] = math.inf
+    logits[3, 0, 0] = math.nan
+    logits[4, 1] = -math.inf
+
+    assert are_sound(logits).tolist() == [
+        [True, True], [True, True], [True, False], [False, True], [True, False],
+    ]  # fmt: skip
