@@ -19,6 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 from numba.core.serialize import dumps
 
@@ -40,7 +41,8 @@ class KeptLoops:
             sources: a digest of all code that becomes part of it.
         """
         self._folder, self._name = folder, name
-        self._sources = hashlib.sha256(f"{numba.__version__} {sources}".encode()).hexdigest()[:_DIGITS]
+        compilers = f"{numba.__version__} {llvmlite.__version__}"
+        self._sources = hashlib.sha256(f"{compilers} {sources}".encode()).hexdigest()[:_DIGITS]
 
     def load(self, key: object) -> Any:
         """Return what was kept for a kind of arguments, or None.
@@ -59,11 +61,11 @@ class KeptLoops:
 
     def save(self, key: object, data: object) -> None:
         """Keep a compiled loop if there is room; loops of other sources have had their day."""
-        for path in self._folder.glob(f"{self._name}.*.nbc"):
-            if not path.name.startswith(f"{self._name}.{self._sources}."):
-                path.unlink(missing_ok=True)
         unfinished = self._folder / f"{self._name}.{uuid.uuid4().hex}.unfinished"
         try:
+            for path in self._folder.glob(f"{self._name}.*.nbc"):
+                if not path.name.startswith(f"{self._name}.{self._sources}."):
+                    path.unlink(missing_ok=True)
             unfinished.write_bytes(dumps((key, data)))  # type: ignore[no-untyped-call]
             unfinished.replace(self._path(key))
         except OSError as err:

@@ -264,8 +264,6 @@ class Passes:
 
     def _reads(self, layout: StepLayout, ends: Mapping[int, int]) -> list[int]:
         """Say how far each run of slots is read: its longest live slot decides."""
-        if not self.reads_vary:
-            return [lengths[-1] for lengths in self.kv_lengths]
         if self.graphs.captures:
             # One measure for all classes: else every combination would be a graph of its own.
             return self.reads_of(layout, max(ends.values(), default=1))

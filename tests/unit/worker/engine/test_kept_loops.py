@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import ModuleType
 
+import llvmlite
 import numba
 import pytest
 
@@ -54,11 +56,12 @@ def test_code_of_other_sources_is_not_run_and_goes_with_the_next_that_is_kept(tm
     assert KeptLoops(tmp_path, "kernels.norm-1.py311", "sources").load(KEY) == "another loop's"
 
 
-def test_a_version_of_numba_reads_its_own_files_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("compiler", [numba, llvmlite])
+def test_a_version_of_a_compiler_reads_its_own_files_alone(
+    compiler: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     KeptLoops(tmp_path, NAME, "sources").save(KEY, "code")
-    monkeypatch.setattr(numba, "__version__", "99")
+    monkeypatch.setattr(compiler, "__version__", "99")
 
     assert KeptLoops(tmp_path, NAME, "sources").load(KEY) is None
 
