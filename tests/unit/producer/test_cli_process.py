@@ -153,6 +153,28 @@ def test_ctrl_c_while_waiting_detaches(environment: dict[str, str], store: Store
     assert store.pending([job.id]) == {job.id}
 
 
+def test_ctrl_c_while_a_connection_goes_back_shows_no_trace(environment: dict[str, str], store: Store) -> None:
+    code = """
+import sys
+from sqlalchemy.pool.base import _ConnectionFairy
+
+def interrupted(*_, **__):
+    print("interrupted", file=sys.stderr)
+    raise KeyboardInterrupt
+
+from codeherd_producer import cli
+_ConnectionFairy._reset = interrupted
+sys.argv = ["codeherd", "ls"]
+cli.main()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 130
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_ctrl_c_withdraws_if_asked_to(environment: dict[str, str], store: Store) -> None:
     terminal = Terminal(("submit", "generate", "x", "--wait", "--cancel-on-interrupt"), environment)
     terminal.read_until("0/1")
