@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -136,16 +135,8 @@ def _invoke(arguments: Sequence[str]) -> int:
     return code
 
 
-def _is_no_interrupt(record: logging.LogRecord) -> bool:
-    """Whether a log record is of anything but a Ctrl-C, which the exit status tells already."""
-    return not (record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt))
-
-
 def main() -> NoReturn:
     """Run the process's own command line."""
-    # A library that is interrupted while it tidies up, as a pool that takes a connection back, logs it.
-    if logging.lastResort is not None:
-        logging.lastResort.addFilter(_is_no_interrupt)
     # Most of a short command is imports, which free nothing: looking for garbage was a tenth of its time.
     gc.set_threshold(_GC_THRESHOLD)
     instruction = os.environ.get(_COMPLETE_VARIABLE)

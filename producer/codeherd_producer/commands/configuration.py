@@ -99,7 +99,14 @@ def _shown(value: object) -> str | int | float | None:
 
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_no_interrupt)
     if level == "INFO":
         # Theirs tell of connections and steps that went well.
         for name in ("alembic", "celery", "kombu"):
             logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _is_no_interrupt(record: logging.LogRecord) -> bool:
+    # Ctrl-C is no error; a pool that it interrupts while a connection goes back logs it as one.
+    return not (record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt))

@@ -153,12 +153,12 @@ def test_ctrl_c_while_waiting_detaches(environment: dict[str, str], store: Store
     assert store.pending([job.id]) == {job.id}
 
 
-def test_ctrl_c_while_a_connection_goes_back_shows_no_trace(environment: dict[str, str], store: Store) -> None:
+def test_ctrl_c_as_a_connection_goes_back_shows_no_trace(environment: dict[str, str], store: Store) -> None:
     code = """
 import sys
 from sqlalchemy.pool.base import _ConnectionFairy
 
-def interrupted(*_, **__):
+def interrupted(*_, **__) -> None:
     print("interrupted", file=sys.stderr)
     raise KeyboardInterrupt
 
