@@ -25,6 +25,7 @@ import os
 import signal
 import threading
 import time
+from array import array
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class _Sequence:
     submitted_at: float
     admitted_at: float = 0.0
     steps: int = 0
+    #: Of prompt and seed; all that is made up follows from it.
+    digest: bytes = b""
     #: What it says, token by token; None makes them up.
     script: list[int] | None = None
     future: Future[SequenceOutcome] = field(default_factory=Future)
@@ -99,6 +102,9 @@ class NullEngine:
         self._step_s = step_s
         ordinary = (i for i in range(vocabulary.size) if vocabulary.token_bytes(i).isalnum())
         self._ordinary = [i for i, _ in zip(ordinary, range(PIECES), strict=False)]
+        #: Without one of these a prompt holds no order, and reading it costs more than all else here.
+        mark = ORDER[:1].encode()
+        self._marks = frozenset(i for i in range(vocabulary.size) if mark in vocabulary.token_bytes(i))
         self.broken = False
         self._turn = threading.Condition()
         self._waiting: deque[_Sequence] = deque()
@@ -112,6 +118,8 @@ class NullEngine:
     def submit(self, request: SequenceRequest) -> Future[SequenceOutcome]:
         """Put a sequence in line."""
         sequence = _Sequence(request, self._order_of(request), time.monotonic())
+        seen = array("q", request.prompt_ids).tobytes() + repr(request.sampling.seed).encode()
+        sequence.digest = hashlib.blake2b(seen, digest_size=16).digest()
         if self._in_sentences:
             text = sentence(repr((request.prompt_ids, request.sampling.seed)))
             sequence.script = self._vocabulary.encode_raw(f'{text}"""\n')
@@ -151,6 +159,8 @@ class NullEngine:
         self._thread.join()
 
     def _order_of(self, request: SequenceRequest) -> tuple[str, str]:
+        if self._marks.isdisjoint(request.prompt_ids):
+            return "", ""
         text = b"".join(map(self._vocabulary.token_bytes, request.prompt_ids)).decode(errors="replace")
         _, found, rest = text.partition(ORDER)
         verb, _, argument = rest.partition("\n")[0].partition(" ")
@@ -219,11 +229,10 @@ class NullEngine:
         return True
 
     def _token(self, sequence: _Sequence) -> int:
-        request = sequence.request
         if sequence.script:
             return sequence.script.pop(0)
-        place = (request.prompt_ids, request.sampling.seed, len(request.stopper.token_ids))
-        digest = hashlib.blake2b(repr(place).encode(), digest_size=4).digest()
+        place = len(sequence.request.stopper.token_ids).to_bytes(8, "big")
+        digest = hashlib.blake2b(sequence.digest + place, digest_size=4).digest()
         return self._ordinary[int.from_bytes(digest, "big") % len(self._ordinary)]
 
     def _fail(self, sequence: _Sequence, err: BaseException) -> None:

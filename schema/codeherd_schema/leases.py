@@ -156,11 +156,10 @@ class Leases:
             "this_worker": storable(worker_id, most=255),
         }
         statement = _claim_of(None if queues is None else tuple(queues))
-        row = self._database.write(
-            lambda connection: connection.execute(statement, values).one_or_none(), fleeting=True
-        )
-        if row is None:
+        rows = self._database.change(statement, values)
+        if not rows:
             return None
+        [row] = rows
         return Claim(
             job=job_of(row),
             lease_id=lease_id,
@@ -184,9 +183,7 @@ class Leases:
             "these_leases": [claim.lease_id for claim in claims],
             "lease_s": lease_s,
         }
-        rows = self._database.write(
-            lambda connection: connection.execute(_HEARTBEAT, values).all(), fleeting=True
-        )
+        rows = self._database.change(_HEARTBEAT, values)
         return {
             row.lease_id: Beat(
                 cancel_requested=row.cancel_requested_at is not None,

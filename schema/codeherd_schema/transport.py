@@ -488,6 +488,13 @@ class _CheckedPubSub(kombu_redis.PrefixedRedisPubSub):  # type: ignore[misc]
 class _CheckedRedis(kombu_redis.PrefixedStrictRedis):  # type: ignore[misc]
     """Hands on no list element that is no message of ours: as if it had waited in vain."""
 
+    #: How many have heard what this client published last.
+    listeners = 0
+
+    def publish(self, channel: Any, message: Any, **options: Any) -> Any:
+        self.listeners = super().publish(channel, message, **options)
+        return self.listeners
+
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
         reply = super().parse_response(connection, command_name, **options)
         if command_name == "BRPOP" and reply and not _is_admitted_from_list(*reply):
@@ -504,6 +511,11 @@ class _CheckedChannel(kombu_redis.Channel):  # type: ignore[misc]
     """A channel whose clients check what they receive."""
 
     _own_client: Any = None
+
+    @property
+    def listeners(self) -> int:
+        """How many have heard what was published last, other than in a batch."""
+        return 0 if self._own_client is None else int(self._own_client.listeners)
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         """Return a client; without `asynchronous` one that stays: kombu makes another for each call."""

@@ -35,8 +35,11 @@ class Watch:
 
     def __init__(self) -> None:
         self.told: dict[str, list[dict[str, Any]]] = {}
+        self.is_heard = threading.Event()
 
     def hear(self, event: dict[str, Any]) -> None:
+        if event["type"] == "worker-heartbeat":
+            self.is_heard.set()
         if event["type"] in STORY:
             self.told.setdefault(event["uuid"].partition(".")[0], []).append(event)
 
@@ -48,19 +51,18 @@ class Watch:
 def watched(settings: SharedSettings) -> Iterator[Watch]:
     """Watch events as Flower does."""
     app, watch, stop = make_app(settings, []), Watch(), threading.Event()
-    began = threading.Event()
 
     def listen() -> None:
         with app.connection() as connection:
             receiver = app.events.Receiver(connection, handlers={"*": watch.hear})
             for _ in receiver.itercapture(limit=None, timeout=None, wakeup=False):
-                began.set()
                 if stop.is_set():
                     return
 
     thread = threading.Thread(target=listen)
     thread.start()
-    assert began.wait(60)
+    # The worker has seen that somebody listens, and tells of tasks from now on.
+    assert watch.is_heard.wait(60)
     try:
         yield watch
     finally:

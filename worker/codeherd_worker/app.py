@@ -86,7 +86,9 @@ class HerdConsumer(Consumer):
         super().shutdown()
 
     def _flush_events(self) -> None:
-        # The event loop calls this after each event, Celery to send it.
+        # The event loop calls this after each event, Celery to send it; and if nobody listens, to be awake.
+        if not (self.event_dispatcher and self.event_dispatcher.has_some):
+            return
         now = time.monotonic()
         free_at = self._events_sent_at + EVENTS_INTERVAL_S
         if now >= free_at:
