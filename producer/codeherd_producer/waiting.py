@@ -17,6 +17,9 @@ from codeherd_schema.store import Store
 
 #: A look at very many jobs takes a while; the pause after it is at least this many times longer.
 PAUSE_PER_LOOK = 10.0
+#: Seconds for which more news is gathered after the first, where several jobs are watched: SQL is asked once
+#: for all of it.
+GATHER_S = 0.02
 
 
 class Watch:
@@ -109,8 +112,14 @@ class Watch:
         if self._listener is None:
             self._pause.wait(timeout_s)
             return frozenset()
+        until = self._clock() + timeout_s
         try:
-            return self._listener.wait(timeout_s)
+            news = self._listener.wait(timeout_s)
+            if news and len(self) > 1:
+                until = min(until, self._clock() + GATHER_S)
+                while (left_s := until - self._clock()) > 0:
+                    news |= self._listener.wait(left_s)
+            return news
         except BrokerUnavailable:
             # The courier says so in the log when it cannot listen again.
             self.close()

@@ -206,8 +206,10 @@ class Database:
         with self._begin(fleeting) as connection:
             return work(connection)
 
-    def change(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
-        """Run one fleeting statement as a transaction of its own, and return the rows that it returns.
+    def change(
+        self, statement: Executable, values: Mapping[str, Any], *, fleeting: bool = False
+    ) -> Sequence[Row[Any]]:
+        """Run one statement as a transaction of its own, and return the rows that it returns.
 
         As `write`, in one instead of three round trips to PostgreSQL.
 
@@ -215,7 +217,9 @@ class Database:
             DatabaseUnavailable: the statement may have been done.
         """
         if not self._has_single:
-            return self.write(lambda connection: connection.execute(statement, values).all(), fleeting=True)
+            return self.write(
+                lambda connection: connection.execute(statement, values).all(), fleeting=fleeting
+            )
         for _ in range(MAX_TRIES - 1):
             try:
                 return self._changed(statement, values)

@@ -29,6 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from codeherd_schema.at_once import SUCCEED, success_values
 from codeherd_schema.database import Database, now
 from codeherd_schema.group_commit import GroupCommit
 from codeherd_schema.jobs import Job, instant, job_of, storable
@@ -156,7 +157,7 @@ class Leases:
             "this_worker": storable(worker_id, most=255),
         }
         statement = _claim_of(None if queues is None else tuple(queues))
-        rows = self._database.change(statement, values)
+        rows = self._database.change(statement, values, fleeting=True)
         if not rows:
             return None
         [row] = rows
@@ -183,7 +184,7 @@ class Leases:
             "these_leases": [claim.lease_id for claim in claims],
             "lease_s": lease_s,
         }
-        rows = self._database.change(_HEARTBEAT, values)
+        rows = self._database.change(_HEARTBEAT, values, fleeting=True)
         return {
             row.lease_id: Beat(
                 cancel_requested=row.cancel_requested_at is not None,
@@ -241,6 +242,17 @@ class Leases:
         return GroupCommit(self._succeed_together)
 
     def _succeed_together(self, ends: Sequence[tuple[Claim, dict[str, Any]]]) -> list[Commit]:
+        if self._database.dialect != "postgresql":
+            return self._succeed_in_steps(ends)
+        # By lease: one that comes twice, after an answer that got lost, would be written down twice.
+        each = {claim.lease_id: row for claim, row in ends}
+        rows = self._database.change(SUCCEED, success_values(each))
+        stored = {row.lease_id for row in rows}
+        others = [(claim, row) for claim, row in ends if claim.lease_id not in stored]
+        commits = iter(self._succeed_in_steps(others) if others else ())
+        return [Commit.STORED if claim.lease_id in stored else next(commits) for claim, _ in ends]
+
+    def _succeed_in_steps(self, ends: Sequence[tuple[Claim, dict[str, Any]]]) -> list[Commit]:
         def work(connection: Connection) -> list[Commit]:
             # Two leases of one job can meet, and one of them is lost: its row could not tell which.
             firsts = {claim.job.id: claim for claim, _ in reversed(ends)}
@@ -249,9 +261,13 @@ class Leases:
                 Commit.STORED if claim.lease_id in stored else self._end(connection, claim, Move.SUCCEED)
                 for claim, _ in ends
             ]
-            rows = [row for (_, row), commit in zip(ends, commits, strict=True) if commit is Commit.STORED]
+            rows = {
+                claim.lease_id: row
+                for (claim, row), commit in zip(ends, commits, strict=True)
+                if commit is Commit.STORED
+            }
             if rows:
-                connection.execute(_INSERT_RESULT, rows)
+                connection.execute(_INSERT_RESULT, [*rows.values()])
             return commits
 
         return self._database.write(work)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from sqlalchemy import ColumnElement, Select, case, func, select, union_all, update
+from sqlalchemy import ColumnElement, Select, bindparam, case, func, select, union_all, update
 
 from codeherd_schema.database import Database, holds, now
 from codeherd_schema.errors import IllegalMove, JobNotFound, SchemaOutdated
@@ -53,6 +53,11 @@ __all__ = [
 ]
 
 _UPGRADE: Final = "run `codeherd db upgrade`"
+# Built once: whoever waits for jobs asks this all the time.
+_PENDING: Final = select(jobs.c.id).where(
+    jobs.c.id.in_(bindparam("these_jobs", expanding=True)),
+    unseen_state_is(JobState.QUEUED, JobState.RUNNING),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +150,7 @@ class Store(Submissions, Leases, Janitor, Hints, Pauses):
             return {
                 job_id
                 for part in _parts(job_ids)
-                for job_id in connection.scalars(
-                    select(jobs.c.id).where(
-                        jobs.c.id.in_(part), unseen_state_is(JobState.QUEUED, JobState.RUNNING)
-                    )
-                )
+                for job_id in connection.scalars(_PENDING, {"these_jobs": part})
             }
 
     def count_by_state(

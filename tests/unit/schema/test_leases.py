@@ -333,14 +333,28 @@ def test_successes_that_meet_are_stored_together_and_each_by_its_own_lease(store
     assert [a.outcome for a in store.attempts(job_id)] == [Move.RELEASE, Move.SUCCEED]
 
 
-def test_a_claim_that_nobody_can_have_undoes_the_common_end(store: Store) -> None:
+def test_a_claim_that_nobody_can_have_ends_nothing(store: Store) -> None:
     one, two = (claim(store, submit(store)) for _ in range(2))
     ends = [(c, _result_row(a_result(c))) for c in (replace(one, attempt=2), two)]
 
-    with pytest.raises(ValueError, match="another attempt"):
-        store._succeed_together(ends)
+    if store._database.dialect == "postgresql":
+        assert store._succeed_together(ends) == [Commit.LOST, Commit.STORED]
+        assert [get(store, c.job.id).state for c in (one, two)] == [JobState.RUNNING, JobState.SUCCEEDED]
+    else:
+        with pytest.raises(ValueError, match="another attempt"):
+            store._succeed_together(ends)
+        assert {get(store, c.job.id).state for c in (one, two)} == {JobState.RUNNING}
 
-    assert {get(store, c.job.id).state for c in (one, two)} == {JobState.RUNNING}
+
+def test_one_end_that_comes_twice_is_stored_once(store: Store) -> None:
+    one, two = (claim(store, submit(store)) for _ in range(2))
+    ends = [(c, _result_row(a_result(c))) for c in (one, two, one)]
+
+    commits = store._succeed_together(ends)
+
+    assert commits[:2] == [Commit.STORED, Commit.STORED]
+    assert commits[2] is not Commit.LOST
+    assert [len(store.attempts(c.job.id)) for c in (one, two)] == [1, 1]
 
 
 # Races.
