@@ -67,6 +67,9 @@ _READER: Final = "codeherd_reader"
 COPY_FROM: Final = 32
 #: Marks connections whose commits may be taken back.
 _FLEETING: Final = "codeherd_fleeting"
+#: Shortest and longest pause between two tries to write to SQLite while another process does, seconds.
+SHORTEST_PAUSE_S: Final = 0.0005
+LONGEST_PAUSE_S: Final = 0.02
 _IDLE_SINCE: Final = "codeherd_idle_since"
 #: Seconds that a connection must have been idle for to be asked whether it still works before it is used.
 IDLE_S: Final = 1.0
@@ -395,9 +398,32 @@ def _sqlite_engine(url: URL, pool_size: int, timeout_s: float) -> Engine:
         # With NORMAL a power cut takes back the last commits of a WAL database; a job whose id was given
         # away must survive. FULL costs one fsync per commit (docs/decisions/0005).
         _execute(connection, f"PRAGMA synchronous = {'NORMAL' if options.get(_FLEETING) else 'FULL'}")
-        _execute(connection, "BEGIN IMMEDIATE")
+        _begin_when_free(connection, timeout_s)
 
     return engine
+
+
+def _begin_when_free(connection: Connection, timeout_s: float) -> None:
+    """Begin to write as soon as no other process does.
+
+    SQLite itself would look again after pauses of 1, 2, 5, 10 and up to 100 ms, though most writes last two.
+    """
+    driver: Any = connection.connection.driver_connection
+    until = time.monotonic() + timeout_s
+    pause_s = SHORTEST_PAUSE_S
+    driver.execute("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                driver.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as err:
+                if err.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                    raise sa.OperationalError("BEGIN IMMEDIATE", None, err) from err
+            time.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, 1.2 * pause_s)
+    finally:
+        driver.execute(f"PRAGMA busy_timeout = {round(1000 * timeout_s)}")
 
 
 def _execute(connection: Connection, statement: str) -> None:

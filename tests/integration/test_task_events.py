@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from codeherd_schema.broker import make_app
 from codeherd_schema.migrations import upgrade
-from codeherd_schema.settings import SharedSettings
+from codeherd_schema.settings import SharedSettings, load
 from tests.chaos.null_herd import NullHerd
 from tests.samples import a_request
 from tests.services import wait_until
@@ -100,3 +101,39 @@ def test_what_ends_while_the_worker_stops_is_told(herd: NullHerd) -> None:
 
         assert herd.wait_exit("one") == 0
         wait_until(lambda: [watch.stories()[job.id] for job in jobs] == [STORY] * 3, "the last events")
+
+
+def test_while_nobody_listens_tasks_are_told_once_in_a_while(broker_url: str) -> None:
+    app = make_app(load(SharedSettings, environment={"CODEHERD_BROKER_URL": broker_url}).settings, [])
+    woken: list[int] = []
+    with app.connection() as connection, redis.Redis.from_url(broker_url) as client:
+
+        def count() -> int:
+            return int(client.info("commandstats").get("cmdstat_publish", {"calls": 0})["calls"])
+
+        def published(*types: str) -> int:
+            before = count()
+            for one in types:
+                events.send(one, uuid="1")
+            events.flush()
+            return count() - before
+
+        events = app.events.Dispatcher(
+            connection, hostname="w", buffer_group=["task"], on_send_buffered=lambda: woken.append(1)
+        )
+        # The first go out, and nobody hears them.
+        assert published("task-received", "task-started", "task-succeeded") == 1
+        assert not events.has_some
+        woken.clear()
+        assert published("task-received", "task-started", "task-succeeded") == 0
+        # The event loop is woken for the end alone.
+        assert woken == [1]
+        assert published("worker-heartbeat") == 1
+        with client.pubsub() as anybody:
+            anybody.psubscribe("*celeryev*")
+            assert anybody.get_message(timeout=10) is not None
+            assert published("task-started") == 0
+            # Whoever has begun to listen hears that the worker lives; from then on it tells everything.
+            assert published("worker-heartbeat") == 1
+            assert published("task-received", "task-succeeded") == 1
+    app.close()

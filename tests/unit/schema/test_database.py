@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -8,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, exc, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
 
+import codeherd_schema.database
 from codeherd_schema.database import MAX_TRIES, Database
 from codeherd_schema.errors import (
     CodeherdError,
@@ -103,6 +107,78 @@ def test_server_that_comes_back_is_used_again() -> None:
         database.close()
 
 
+@pytest.mark.parametrize("idle_s", [0.0, math.inf], ids=["asked", "by its last words"])
+def test_a_restart_between_two_transactions_is_not_noticed(
+    monkeypatch: pytest.MonkeyPatch, idle_s: float
+) -> None:
+    monkeypatch.setattr(codeherd_schema.database, "IDLE_S", idle_s)
+    with PostgresServer() as server:
+        database = Database.open(server.url, pool_size=2)
+        with database.begin(), database.begin():
+            pass
+
+        server.kill()
+        server.start()
+
+        with database.begin() as one, database.begin() as two:
+            assert [one.scalar(text("SELECT 1")), two.scalar(text("SELECT 2"))] == [1, 2]
+        assert database.change(text("SELECT :n AS n"), {"n": 3})[0].n == 3
+        database.close()
+
+
+def test_a_connection_in_use_is_not_asked_whether_it_works(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database.open(postgres_url)
+    asked: list[object] = []
+    dialect = database._writers.dialect
+    ping = dialect.do_ping
+
+    def ask(connection: DBAPIConnection) -> bool:
+        asked.append(connection)
+        return ping(connection)
+
+    monkeypatch.setattr(dialect, "do_ping", ask)
+
+    monkeypatch.setattr(codeherd_schema.database, "IDLE_S", math.inf)
+    for _ in range(3):
+        database.clock()
+    in_use = len(asked)
+    monkeypatch.setattr(codeherd_schema.database, "IDLE_S", 0.0)
+    for _ in range(3):
+        database.clock()
+
+    assert (in_use, len(asked)) == (0, 3)
+    database.close()
+
+
+def test_one_statement_is_a_transaction_and_leaves_none_behind(database_url: str) -> None:
+    database = Database.open(database_url, pool_size=1)
+    with database.begin() as connection:
+        connection.execute(text("CREATE TABLE single (n INTEGER PRIMARY KEY)"))
+    add = text("INSERT INTO single VALUES (:n) RETURNING n")
+
+    def add_and_give_up(n: int) -> None:
+        with database.begin() as connection:
+            connection.execute(add, {"n": n})
+            raise RuntimeError
+
+    assert [row.n for row in database.change(add, {"n": 1})] == [1]
+    with pytest.raises(exc.IntegrityError):
+        database.change(add, {"n": 1})
+    # The only connection of the pool: would it commit each statement, the 2 would stay.
+    with pytest.raises(RuntimeError):
+        add_and_give_up(2)
+    assert [row.n for row in database.change(add, {"n": 3})] == [3]
+    with pytest.raises(RuntimeError):
+        add_and_give_up(4)
+
+    with database.begin() as connection:
+        assert connection.execute(text("SELECT n FROM single ORDER BY n")).scalars().all() == [1, 3]
+        connection.execute(text("DROP TABLE single"))
+    database.close()
+
+
 def test_broken_commit_is_unavailable(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     def begin_and_break() -> None:
         with database.begin() as connection:
@@ -124,6 +200,42 @@ def test_locked_file_is_unavailable_in_the_end(sqlite_url: str) -> None:
     with holder.begin(), pytest.raises(DatabaseUnavailable, match="locked"):
         waiter.write(lambda connection: connection.execute(text("DELETE FROM jobs")))
 
+    holder.close()
+    waiter.close()
+
+
+def test_a_thread_that_writes_for_too_long_is_an_outage_for_the_others(sqlite_url: str) -> None:
+    database = Database.open(sqlite_url, timeout_s=0.05)
+
+    with database.begin(), pytest.raises(DatabaseUnavailable, match="another thread"):
+        database.write(lambda connection: connection.execute(text("DELETE FROM jobs")))
+    # And none any more once it is done.
+    database.write(lambda connection: connection.execute(text("DELETE FROM jobs")))
+    database.close()
+
+
+def test_a_write_goes_on_when_the_other_process_is_done(sqlite_url: str) -> None:
+    holder, waiter = Database.open(sqlite_url), Database.open(sqlite_url)
+    waits = threading.Event()
+
+    def delete() -> None:
+        waits.set()
+        waiter.write(lambda connection: connection.execute(text("DELETE FROM jobs")))
+
+    thread = threading.Thread(target=delete)
+    with holder.begin():
+        thread.start()
+        waits.wait()
+        # SQLite itself finds it locked.
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), timeout=0).execute("BEGIN IMMEDIATE")
+        assert thread.is_alive()
+    thread.join(60)
+
+    assert not thread.is_alive()
+    # What a connection waits for otherwise is as long as before.
+    with waiter.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
     holder.close()
     waiter.close()
 
