@@ -142,7 +142,8 @@ def short(
             return lambda: not point.exists()
 
         def by_proxy() -> Callable[[], bool]:
-            cut = proxy.cut(first=b"attempt=(jobs.attempt + ", last=b"COMMIT", answer=b"COMMIT")
+            word = b"attempt=(jobs.attempt + "
+            cut = proxy.cut(first=word, last=word, answer=b"UPDATE 1")
             return cut.done.is_set
 
         yield ShortSite(herd, by_failpoint if request.param == "sqlite" else by_proxy)
@@ -289,7 +290,8 @@ def test_f12_an_answer_lost_on_the_way_from_postgresql_costs_no_second_attempt(s
     herd = site.herd
     hold, running = busy(herd, "proxy-succeed", count=4)
     # A word of the result: the statement itself is sent by the name that it was prepared under.
-    cut = site.proxy.cut(first=b'"engine_fingerprint"', last=b"COMMIT", answer=b"COMMIT")
+    word = b"engine_fingerprint"
+    cut = site.proxy.cut(first=word, last=word, answer=b"SELECT ")
     hold.unlink()
 
     assert cut.done.wait(60)
