@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
@@ -21,27 +21,45 @@ from sqlalchemy import (
     Double,
     Row,
     bindparam,
+    false,
     insert,
+    or_,
     select,
     update,
 )
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from codeherd_schema.at_once import SUCCEED, success_values
-from codeherd_schema.claims import claim_many, claim_one, claim_values
 from codeherd_schema.database import Database, now
 from codeherd_schema.group_commit import GroupCommit
 from codeherd_schema.jobs import Job, instant, job_of, storable
+from codeherd_schema.requests import SCHEMA_VERSION, JobKind
 from codeherd_schema.results import Result
 from codeherd_schema.row_locks import in_turn
 from codeherd_schema.states import FINAL_STATES, JobState, Move, target
-from codeherd_schema.tables import attempts, jobs, results
+from codeherd_schema.tables import attempts, is_due_by_id, jobs, results
 
 #: Characters of an error message that are kept.
 MAX_MESSAGE: Final = 2_000
 
 
 # Built once: to build these for each job costs as much again as to run them.
+_CLAIM: Final = (
+    update(jobs)
+    # What a newer version submitted waits for a newer worker. Each kind by itself: the values of a list are
+    # put into the text of the statement anew at each execution.
+    .where(jobs.c.schema_version <= SCHEMA_VERSION, or_(*(jobs.c.kind == kind.value for kind in JobKind)))
+    .where(jobs.c.id == bindparam("this_job"), is_due_by_id())
+    .values(
+        state=target(Move.CLAIM).value,
+        attempt=jobs.c.attempt + 1,
+        lease_id=bindparam("new_lease"),
+        lease_until=now() + bindparam("lease_s", type_=Double),
+        worker_id=bindparam("this_worker"),
+        started_at=now(),
+    )
+    .returning(*jobs.c)
+)
 _HEARTBEAT: Final = (
     update(jobs)
     .where(
@@ -112,14 +130,6 @@ class Commit(StrEnum):
     LOST = "lost"
 
 
-class _Terms(NamedTuple):
-    """What several claims must have in common to be made together."""
-
-    worker_id: str
-    lease_s: float
-    queues: tuple[str, ...] | None
-
-
 class Leases:
     """A worker's view of the jobs."""
 
@@ -140,10 +150,17 @@ class Leases:
             queues: the queues this worker serves; None is all.
         """
         lease_id = str(uuid.uuid4())
-        terms = _Terms(storable(worker_id, most=255), lease_s, None if queues is None else tuple(queues))
-        row = self._claims(terms).do((job_id, lease_id))
-        if row is None:
+        values: dict[str, Any] = {
+            "this_job": job_id,
+            "new_lease": lease_id,
+            "lease_s": lease_s,
+            "this_worker": storable(worker_id, most=255),
+        }
+        statement = _claim_of(None if queues is None else tuple(queues))
+        rows = self._database.change(statement, values, fleeting=True)
+        if not rows:
             return None
+        [row] = rows
         return Claim(
             job=job_of(row),
             lease_id=lease_id,
@@ -219,36 +236,6 @@ class Leases:
     def expire_running(self, claim: Claim) -> Commit:
         """End the job because its deadline passed."""
         return self._database.write(lambda connection: self._end(connection, claim, Move.EXPIRE))
-
-    def _claims(self, terms: _Terms) -> GroupCommit[tuple[str, str], Row[Any] | None]:
-        group = self._claims_by_terms.get(terms)
-        if group is None:
-            new: GroupCommit[tuple[str, str], Row[Any] | None]
-            new = GroupCommit(functools.partial(self._claim_together, terms))
-            group = self._claims_by_terms.setdefault(terms, new)
-        return group
-
-    @functools.cached_property
-    def _claims_by_terms(self) -> dict[_Terms, GroupCommit[tuple[str, str], Row[Any] | None]]:
-        return {}
-
-    def _claim_together(self, terms: _Terms, wanted: Sequence[tuple[str, str]]) -> list[Row[Any] | None]:
-        """Claim jobs, each under a lease of its own; return the row of each that was to be had."""
-        said = {"lease_s": terms.lease_s, "this_worker": terms.worker_id}
-        one = claim_one(terms.queues)
-        each = [said | {"this_job": job_id, "new_lease": lease_id} for job_id, lease_id in wanted]
-        if len(each) == 1:
-            rows = self._database.change(one, each[0], fleeting=True)
-        elif self._database.dialect == "postgresql":
-            values = said | claim_values(wanted)
-            rows = self._database.change(claim_many(terms.queues), values, fleeting=True)
-        else:
-            rows = self._database.write(
-                lambda connection: [row for values in each for row in connection.execute(one, values)],
-                fleeting=True,
-            )
-        found = {row.lease_id: row for row in rows}
-        return [found.get(lease_id) for _, lease_id in wanted]
 
     @functools.cached_property
     def _successes(self) -> GroupCommit[tuple[Claim, dict[str, Any]], Commit]:
@@ -395,6 +382,11 @@ def _ending(state: JobState) -> ReturningUpdate[Any]:
         )
         .returning(jobs.c.worker_id, jobs.c.started_at, now().label("now"))
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _claim_of(queues: tuple[str, ...] | None) -> ReturningUpdate[Any]:
+    return _CLAIM if queues is None else _CLAIM.where(or_(false(), *(jobs.c.queue == q for q in queues)))
 
 
 def _commit_of_ended(connection: Connection, claim: Claim, moves: Collection[Move]) -> Commit:

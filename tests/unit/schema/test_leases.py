@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from codeherd_schema.leases import _result_row, _Terms
+from codeherd_schema.leases import _result_row
 from codeherd_schema.requests import SCHEMA_VERSION
 from codeherd_schema.states import JobState, Move
 from codeherd_schema.store import Beat, Claim, Commit, Job, Store
@@ -295,56 +295,6 @@ def test_attempt_number_given_twice_does_not_confuse_the_fence(store: Store) -> 
     assert first.attempt == second.attempt == 1
     assert store.succeed(first, a_result(first)) is Commit.LOST
     assert store.succeed(second, a_result(second)) is Commit.STORED
-
-
-# Claims that meet.
-
-
-def test_claims_that_meet_are_made_together_and_each_by_its_own_right(store: Store) -> None:
-    one, two, taken, late, of_another = (submit(store) for _ in range(5))
-    claim(store, taken)
-    with store._database.begin() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == late).values(run_at=jobs.c.run_at + 1000))
-        connection.execute(update(jobs).where(jobs.c.id == of_another).values(queue="another"))
-    queue = get(store, one).queue
-    leases = [str(uuid.uuid4()) for _ in range(7)]
-    wanted = [*zip((two, taken, one, late, of_another, "no such job", two), leases, strict=True)]
-
-    rows = store._claim_together(_Terms("w", 60, (queue,)), wanted)
-
-    # Of two claims of one job, one.
-    assert [row is not None for row in rows[1:6]] == [False, True, False, False, False]
-    assert (rows[0] is None) != (rows[6] is None)
-    for (job_id, lease_id), row in zip(wanted, rows, strict=True):
-        if row is not None:
-            assert (row.id, row.lease_id, row.attempt, row.worker_id) == (job_id, lease_id, 1, "w")
-            assert (row.state, row.queue) == (JobState.RUNNING, queue)
-            assert row.lease_until == pytest.approx(row.started_at + 60, abs=0.01)
-    states = [get(store, job_id).state for job_id in (one, two, taken, late, of_another)]
-    assert states == [JobState.RUNNING] * 3 + [JobState.QUEUED] * 2
-    assert [get(store, job_id).attempt for job_id in (one, two, taken)] == [1, 1, 1]
-
-
-def test_claims_wait_for_the_first_and_go_together(store: Store) -> None:
-    first, *others = (submit(store) for _ in range(4))
-    # Threads that ask for other terms have a group of their own.
-    terms = _Terms("w", 60, None)
-
-    with ThreadPoolExecutor(4) as pool:
-        with store._database.begin() as connection:
-            connection.execute(update(jobs).where(jobs.c.id == first).values(tenant="t"))
-            claims = [pool.submit(claim, store, first)]
-            wait_until(lambda: terms in store._claims_by_terms, "a group")
-            group = store._claims(terms)
-            wait_until(lambda: group._is_led and not group._waiting, "a leader")
-            claims += [pool.submit(claim, store, job_id) for job_id in others]
-            wait_until(lambda: len(group._waiting) == 3, "the others to wait")
-        found = [claimed.result() for claimed in claims]
-
-    assert [c.job.id for c in found] == [first, *others]
-    assert len({c.lease_id for c in found}) == 4
-    beats = store.heartbeat(found, lease_s=60)
-    assert set(beats) == {c.lease_id for c in found}
 
 
 # Ends that meet.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
-from codeherd_schema.leases import _result_row, _Terms
+from codeherd_schema.leases import _result_row
 from codeherd_schema.store import Claim, Store
 from tests.samples import a_request, a_result
 
@@ -81,9 +81,6 @@ def test_jobs_that_are_named_are_looked_up_by_their_key(store: Store) -> None:
     spare = ids[-1]
     calls: dict[str, Callable[[], object]] = {
         "claim": lambda: store.claim(ids[SLOTS], worker_id="w", lease_s=60, queues=["tiny"]),
-        "claim together": lambda: store._claim_together(
-            _Terms("w", 60, ("tiny",)), [(job_id, f"lease of {job_id}"[:36]) for job_id in ids[9 : 9 + SLOTS]]
-        ),
         "heartbeat": lambda: store.heartbeat(claims, lease_s=60),
         "succeed": lambda: store._succeed_together(ends),
         "mark_published": lambda: store.mark_published(ids[-WINDOW:]),
