@@ -239,9 +239,12 @@ class Database:
                 driver.autocommit = True
                 rows = connection.execute(statement, values).all()
                 driver.autocommit = False
-            except BaseException:
+            except BaseException as err:
                 # Back in the pool as it is, it would commit each statement of somebody's transaction.
                 connection.invalidate()
+                if isinstance(err, self._writers.dialect.loaded_dbapi.Error):
+                    # Of the driver itself; what SQLAlchemy would have made of it.
+                    raise sa.DBAPIError.instance(str(statement), None, err, type(err)) from err
                 raise
             return rows
 
@@ -487,10 +490,9 @@ def _ask_idle_connections(engine: Engine) -> None:
         # A new one has just answered.
         if idle_since is None:
             return
-        if time.monotonic() - idle_since < IDLE_S and not _has_news(connection):
-            return
         try:
-            engine.dialect.do_ping(connection)
+            if time.monotonic() - idle_since >= IDLE_S or _has_news(connection):
+                engine.dialect.do_ping(connection)
         except engine.dialect.loaded_dbapi.Error as err:
             if not engine.dialect.is_disconnect(err, connection, None):
                 raise

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import Connection, exc, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -149,6 +150,46 @@ def test_a_connection_in_use_is_not_asked_whether_it_works(
         database.clock()
 
     assert (in_use, len(asked)) == (0, 3)
+    database.close()
+
+
+def test_a_connection_that_was_closed_in_the_pool_is_replaced(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codeherd_schema.database, "IDLE_S", math.inf)
+    database = Database.open(postgres_url, pool_size=1)
+
+    def close() -> None:
+        with database.read() as connection:
+            driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)
+        driver.close()
+
+    close()
+    assert database.clock() > 0
+    close()
+    assert database.change(text("SELECT :n AS n"), {"n": 3})[0].n == 3
+    database.close()
+
+
+def test_one_statement_on_a_connection_that_breaks_is_an_outage(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database.open(postgres_url, pool_size=1)
+    database.clock()
+
+    def closed(_connection: object) -> bool:
+        assert isinstance(_connection, psycopg.Connection)
+        _connection.close()
+        return False
+
+    # Right after it was looked at.
+    with monkeypatch.context() as patch:
+        patch.setattr(codeherd_schema.database, "_has_news", closed)
+        with pytest.raises(DatabaseUnavailable, match="closed"):
+            database.change(text("SELECT :n AS n"), {"n": 3})
+
+    assert database.change(text("SELECT :n AS n"), {"n": 3})[0].n == 3
     database.close()
 
 
