@@ -44,7 +44,10 @@ SOCKET_TIMEOUT_S = 5.0
 CONNECTIONS = 8
 #: Messages that go to Redis in one round trip.
 BATCH = 100
-#: Seconds for which events of tasks are left out after one that nobody has heard. Workers tell that they live
+#: Seconds for which nobody has heard an event until events of tasks are left out: a Flower that is started
+#: with its workers misses none.
+QUIET_S = 10.0
+#: Seconds for which they are left out after another one that nobody has heard. Workers tell that they live
 #: every two seconds, so whoever begins to listen is noticed within that.
 DEAF_S = 10.0
 #: Events of tasks that have not ended.
@@ -402,12 +405,13 @@ class _Control(Control):
 class HerdEvents(EventDispatcher):
     """Sends events to whoever listens; what cannot be sent now is kept for the next connection.
 
-    Redis says how many have heard a message. While nobody does, what happens to tasks is told no more than
-    once in `DEAF_S`: to make and send these events costs a worker a tenth of a short job.
+    Redis says how many have heard a message. Once nobody has for `QUIET_S`, what happens to tasks is told no
+    more than once in `DEAF_S`: to make and send these events costs a worker a tenth of a short job.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """Take somebody to be there."""
+        self._heard_at = time.monotonic()
         self._nobody_until = float("-inf")
         super().__init__(*args, **options)
 
@@ -425,11 +429,15 @@ class HerdEvents(EventDispatcher):
             self.on_send_buffered()
 
     def _publish(self, event: Any, producer: Any, routing_key: str, **options: Any) -> None:
-        # Before it: in case of an error nothing was heard.
-        self._nobody_until = float("-inf")
+        kept = len(self._outbound_buffer)
         super()._publish(event, producer, routing_key, **options)
-        if producer is not None and producer.channel.listeners == 0:
-            self._nobody_until = time.monotonic() + DEAF_S
+        if producer is None or len(self._outbound_buffer) > kept:
+            return
+        now = time.monotonic()
+        if producer.channel.listeners:
+            self._heard_at, self._nobody_until = now, float("-inf")
+        elif now - self._heard_at >= QUIET_S:
+            self._nobody_until = now + DEAF_S
 
 
 class _Events(Events):

@@ -33,9 +33,10 @@ class Flower:
         with urlopen(Request(self._url + path, headers=self._headers, method=method), timeout=30) as reply:
             return json.load(reply)
 
-    def answers(self) -> bool:
+    def hears_workers(self) -> bool:
+        """Whether it has heard a worker's events; from then on it is told of every task."""
         try:
-            return isinstance(self.call("/api/workers"), dict)
+            return any(self.call("/api/workers?status=true").values())
         except OSError:
             return False
 
@@ -65,7 +66,7 @@ def test_flower_shows_figures_without_text_and_terminates_cleanly(
     flower = Flower(port)
 
     with herd, Client(herd.settings) as client:
-        wait_until(flower.answers, "Flower")
+        wait_until(flower.hears_workers, "Flower")
         short = client.submit(GenerateRequest(model=NAME, prompt=SECRET, sampling=Sampling(max_new_tokens=5)))
         result = short.result(JOBS_TIMEOUT_S)
         too_long = client.submit(
