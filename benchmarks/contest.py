@@ -222,12 +222,12 @@ def fault_in(record: RoundRecord, asked: Workload) -> str | None:
     return None
 
 
-def environment(*, uses_torch: bool) -> dict[str, str]:
-    """Return the environment of a measured process."""
+def environment(*, uses_torch: bool, threads: int = THREADS) -> dict[str, str]:
+    """Return the environment of a measured process that computes on so many threads."""
     mine = {
         "HF_HUB_OFFLINE": "1",
-        "MKL_NUM_THREADS": str(THREADS),
-        "OMP_NUM_THREADS": str(THREADS),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads),
         "TRANSFORMERS_VERBOSITY": "error",
     }
     if uses_torch:

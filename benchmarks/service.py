@@ -1,11 +1,12 @@
 """How much of the engine's speed is left when the whole service is around it.
 
-    python -m benchmarks.service [--models tiny random-110m] [--rounds 3] [--write]
+    python -m benchmarks.service [--models tiny random-110m] [--threads 2] [--rounds 3] [--write]
 
 Owns: a real Redis, a real Celery worker process, a dispatcher and a SQLite file, the client that submits and
 waits, and the comparison with the engine alone on the same jobs. Both generate the same texts, or the run
 fails; they take turns, and the share is the median over the rounds. With `--write` it goes to
-`benchmarks/results/service.jsonl`.
+`benchmarks/results/service.jsonl`. With as many threads as the machine has cores both share them; with fewer,
+as on a machine whose engine computes on a GPU, the service has cores that the engine does not use.
 """
 
 from __future__ import annotations
@@ -75,13 +76,15 @@ class Answer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and store if asked to; return the exit status."""
     options = _parser().parse_args(argv)
-    print("| model | jobs | service, tokens/s | engine alone, tokens/s | share | target | |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| model | threads | jobs | service, tokens/s | engine alone, tokens/s | share | target | |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in options.models:
-        row = measure(prepare(name), jobs=options.jobs or JOBS[name], rounds=options.rounds)
+        row = measure(
+            prepare(name), jobs=options.jobs or JOBS[name], threads=options.threads, rounds=options.rounds
+        )
         verdict = "met" if row["share"] >= TARGET else "not met"
         print(
-            f"| {name} | {row['jobs']} | {row['service_tokens_per_s']:.1f} "
+            f"| {name} | {row['threads']} | {row['jobs']} | {row['service_tokens_per_s']:.1f} "
             f"| {row['engine_tokens_per_s']:.1f} | {row['share']:.1%} | {TARGET:.0%} | {verdict} |",
             flush=True,
         )
@@ -90,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(model: BenchModel, *, jobs: int, rounds: int) -> dict[str, Any]:
-    """Return the row of one model.
+def measure(model: BenchModel, *, jobs: int, threads: int, rounds: int) -> dict[str, Any]:
+    """Return the row of one model; the engine computes on so many threads, alone and in the service.
 
     Raises:
         RuntimeError: service and engine generated different texts.
@@ -100,8 +103,8 @@ def measure(model: BenchModel, *, jobs: int, rounds: int) -> dict[str, Any]:
     shares, service_rates, engine_rates = [], [], []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        engine = stack.enter_context(_engine_alone(model))
-        client = stack.enter_context(_service(model, folder))
+        engine = stack.enter_context(_engine_alone(model, threads))
+        client = stack.enter_context(_service(model, threads, folder))
         load_average = os.getloadavg()[0]
         for number in range(rounds + 1):
             # Round 0 warms both up.
@@ -120,6 +123,7 @@ def measure(model: BenchModel, *, jobs: int, rounds: int) -> dict[str, Any]:
         "model": model.name,
         "precision": PRECISION,
         "slots": SLOTS,
+        "threads": threads,
         "jobs": jobs,
         "service_tokens_per_s": round(statistics.median(service_rates), 2),
         "engine_tokens_per_s": round(statistics.median(engine_rates), 2),
@@ -180,16 +184,20 @@ def _ask_engine(engine: subprocess.Popen[str], requests: Sequence[GenerateReques
 
 
 @contextmanager
-def _engine_alone(model: BenchModel) -> Iterator[subprocess.Popen[str]]:
+def _engine_alone(model: BenchModel, threads: int) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "benchmarks.engine_alone", str(model.folder), str(MAX_LEN)]
     with subprocess.Popen(
-        command, env=environment(uses_torch=True), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        env=environment(uses_torch=True, threads=threads),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         yield process
 
 
 @contextmanager
-def _service(model: BenchModel, folder: Path) -> Iterator[Client]:
+def _service(model: BenchModel, threads: int, folder: Path) -> Iterator[Client]:
     """Start Redis, a worker and a dispatcher; give a client when the worker answers."""
     with ExitStack() as stack:
         redis = stack.enter_context(RedisServer())
@@ -202,7 +210,7 @@ def _service(model: BenchModel, folder: Path) -> Iterator[Client]:
         }
         if model.name != "tiny":
             variables["CODEHERD_MODELS_FILE"] = str(_models_file(model, folder))
-        size = ["--slots", str(SLOTS), "--max-len", str(MAX_LEN), "--threads", str(THREADS)]
+        size = ["--slots", str(SLOTS), "--max-len", str(MAX_LEN), "--threads", str(threads)]
         worker = ["codeherd_worker", "--model", model.name, "--gpus", "cpu", "--quantization", "none", *size]
         for arguments in (worker, ["codeherd_producer.cli", "dispatcher"]):
             stack.enter_context(_process(arguments, variables, folder / f"{arguments[0]}.log"))
@@ -268,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--jobs", type=int, help="per round (default: 256 with tiny, else 64)")
+    parser.add_argument("--threads", type=int, default=THREADS, help="of the engine")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="add the rows to benchmarks/results")
     return parser

@@ -29,6 +29,20 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ign
 #: Threads that were started for kernels in this process.
 MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
+
+def _start_threads() -> None:
+    """Start numba's threads and leave torch as many as it has.
+
+    numba tells OpenMP how many there are at most, which is torch's too: a worker with `--threads 1` would
+    compute on all cores from its first loop on.
+    """
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+_start_threads()
+
 #: Files whose code becomes part of a loop, and numbers that loops were compiled with.
 _SOURCES = ("cache.py", "compiled.py", "fused.py", "kernels.py", "tiles.py")
 #: Of these files: a loop is what all of them say.
@@ -71,10 +85,17 @@ def part(function: Callable[..., Any]) -> Any:
 class Kernel:
     """One compiled kernel."""
 
-    __slots__ = ("_compiled",)
+    __slots__ = ("compiled",)
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._compiled = _compiled(function, parallel=True)
+    def __init__(self, function: Callable[..., Any], *, parallel: bool = True) -> None:
+        """Compile it when it is first called.
+
+        Args:
+            function: fills arrays that it is given.
+            parallel: whether it shares out work itself; else functions that it calls may.
+        """
+        #: For functions that are compiled themselves.
+        self.compiled = _compiled(function, parallel=parallel)
 
     def __call__(self, *arguments: Any) -> None:
         """Fill the arrays that the kernel fills."""
@@ -85,4 +106,4 @@ class Kernel:
             numba.set_num_threads(threads)
             _calling.threads = threads
         with _one_at_a_time:
-            self._compiled(*arguments)
+            self.compiled(*arguments)

@@ -10,6 +10,7 @@ from memory once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,13 +98,23 @@ class CpuPass:
     def __call__(self, layer: int, joined: torch.Tensor) -> torch.Tensor:
         """Store and attend; see `forward.Attend`."""
         work, cache = self._work, self._work.cache
-        keys, values = cache.arrays(layer)
         output = torch.empty(joined.shape[0], work.heads * cache.head_size)
-        work.kernels.attend(
-            joined.float().numpy(), work.heads, cache.key_heads, keys, values, cache.bases, cache.capacities,
-            *self._who, work.scale, work.in_tiles, work.queries, work.scores, work.mixed, output.numpy(),
-        )  # fmt: skip
+        work.kernels.attend(joined.float().numpy(), *cache.arrays(layer), output.numpy(), *self.arguments)
         return output.to(joined.dtype)
+
+    @property
+    def cache(self) -> SlotCache:
+        """Whose slots are attended."""
+        return self._work.cache
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `kernels.attend` is told in every layer, after a layer's own arrays."""
+        work, cache = self._work, self._work.cache
+        return (
+            work.heads, cache.key_heads, cache.bases, cache.capacities, work.scale, work.in_tiles,
+            work.queries, work.scores, work.mixed, *self._who,
+        )  # fmt: skip
 
 
 def _groups(slots: NDArray[np.int64], most: int) -> NDArray[np.int64]:

@@ -17,7 +17,8 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from codeherd_schema.errors import ModelFilesInvalid
-from codeherd_worker.engine.layers import layers_for
+from codeherd_worker.engine.cpu_attention import CpuPass
+from codeherd_worker.engine.layers import layers_for, stack_of
 from codeherd_worker.engine.linears import Linear, join
 from codeherd_worker.engine.operations import operations_for
 
@@ -77,6 +78,7 @@ class LlamaForward:
             self.device, self.dtype, model.model.layers[0].mlp.act_fn, config.rms_norm_eps
         )
         self._layers = layers_for(model.model.layers, self._do, rotated_heads=self.heads + self.key_heads)
+        self._stack = stack_of(self._layers)
 
     @property
     def linears(self) -> list[Linear]:
@@ -102,16 +104,11 @@ class LlamaForward:
             (B, V), on `device`.
         """
         hidden = functional.embedding(token_ids, self._embedding.weight)
-        cosine, sine = self._angles(positions, hidden.device)
-        # What the layer before adds to its tokens, added where the next norm reads them anyway.
-        delta: torch.Tensor | None = None
-        for number, (layer, device) in enumerate(zip(self._layers, self.layer_devices, strict=True)):
-            if device != hidden.device:
-                hidden = hidden.to(device)
-                delta = None if delta is None else delta.to(device)
-                cosine, sine = self._angles(positions, device)
-            hidden, joined = layer.before(hidden, delta, cosine, sine)
-            hidden, delta = layer.after(hidden, attend(number, joined))
+        delta: torch.Tensor | None
+        if self._stack is not None and isinstance(attend, CpuPass):
+            hidden, delta = self._stack(hidden, *self._angles(positions, hidden.device), attend)
+        else:
+            hidden, delta = self._one_by_one(hidden, positions, attend)
         if wanted is not None:
             wanted = wanted.to(hidden.device)
             hidden = hidden.index_select(0, wanted)
@@ -125,6 +122,22 @@ class LlamaForward:
             _, normed = self._do.add_and_norm(hidden, delta, self._final_norm)
         logits = self._head(normed)
         return logits.to(self.device)
+
+    def _one_by_one(
+        self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the hidden states and what the last layer adds to them yet, on the last layer's device."""
+        cosine, sine = self._angles(positions, hidden.device)
+        # What the layer before adds to its tokens, added where the next norm reads them anyway.
+        delta: torch.Tensor | None = None
+        for number, (layer, device) in enumerate(zip(self._layers, self.layer_devices, strict=True)):
+            if device != hidden.device:
+                hidden = hidden.to(device)
+                delta = None if delta is None else delta.to(device)
+                cosine, sine = self._angles(positions, device)
+            hidden, joined = layer.before(hidden, delta, cosine, sine)
+            hidden, delta = layer.after(hidden, attend(number, joined))
+        return hidden, delta
 
     def _angles(self, positions: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and signed sine of the tokens' angles, (T, 1, D) each."""

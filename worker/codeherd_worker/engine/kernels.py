@@ -206,29 +206,29 @@ def _attend_in_tiles(queries, ends, count, keys, values, scores, outputs, lanes)
 
 
 def _attend(
-    joined, heads, key_heads, keys, values, bases, capacities,
-    slots, places, ends, groups, scale, in_tiles, queries, scores, mixed, output,
+    joined, keys, values, output, heads, key_heads, bases, capacities, scale, in_tiles, queries, scores,
+    mixed, slots, places, ends, groups,
 ):  # fmt: skip
     """Store a pass's keys and values, then attend.
 
     Args:
         joined: (T, (H + 2 K) D), the rotated queries and keys, and the values, side by side.
-        heads: H.
-        key_heads: K.
         keys: flat; a slot's are (K, C / KEY_BLOCK, D, KEY_BLOCK), C its capacity; D a multiple of 4.
         values: flat; a slot's are (K, C, D).
+        output: (T, H D) to be filled.
+        heads: H.
+        key_heads: K.
         bases: (slots,) where each slot begins, in both.
         capacities: (slots,) tokens of each slot.
-        slots: (T,) each token's slot.
-        places: (T,) where in its slot a token is stored.
-        ends: (T,) how many tokens of its slot a token attends.
-        groups: (G, 2) first token, and how many: neighbours in one slot.
         scale: factor on the scores.
         in_tiles: whether to compute in tiles; D is a multiple of 16 then.
         queries: (threads, Q, D) to work with.
         scores: (threads, Q, C) to work with, C the largest capacity.
         mixed: (threads, Q, D) to work with.
-        output: (T, H D).
+        slots: (T,) each token's slot.
+        places: (T,) where in its slot a token is stored.
+        ends: (T,) how many tokens of its slot a token attends.
+        groups: (G, 2) first token, and how many: neighbours in one slot.
     """
     tokens, size = joined.shape[0], joined.shape[1] // (heads + 2 * key_heads)
     threads, share = scores.shape[0], heads // key_heads

@@ -5,20 +5,23 @@ comes between layers, or how weights were loaded (`loading.py`).
 
     plain      each matrix and each operation is a call (`linears.py`, `operations.py`): GPUs, 16-bit numbers,
                quantized weights, biases, CPUs without AVX-512.
-    compiled   two calls a layer, float32 on a CPU with AVX-512 (`fused.py`): on small models the calls are
-               what a decode step waits for.
+    compiled   two calls a layer, float32 on a CPU with AVX-512, or one call for all where attention is
+               compiled too (`fused.py`): on small models the calls are what a decode step waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from codeherd_worker.engine.linears import Linear, join
 from codeherd_worker.engine.operations import Operations
+
+if TYPE_CHECKING:
+    from codeherd_worker.engine.fused import FusedStack
 
 
 class Layer(Protocol):
@@ -87,6 +90,16 @@ def layers_for(
                 continue
         forms.append(_PlainLayer(*matrices, norms, operations, rotated_heads))
     return forms
+
+
+def stack_of(layers: Sequence[Layer]) -> FusedStack | None:
+    """Return all of these layers as one call, if each is compiled."""
+    if not layers or isinstance(layers[0], _PlainLayer):
+        return None
+    from codeherd_worker.engine.fused import FusedLayer, FusedStack
+
+    fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
+    return FusedStack(fused) if len(fused) == len(layers) else None
 
 
 class _PlainLayer:

@@ -8,8 +8,12 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from codeherd_worker.engine import linears
-from codeherd_worker.engine.layers import Layer, _PlainLayer, layers_for
+from codeherd_worker.engine.cache import SlotCache
+from codeherd_worker.engine.cpu_attention import CpuAttention, CpuPass
+from codeherd_worker.engine.forward import LlamaForward
+from codeherd_worker.engine.layers import Layer, _PlainLayer, layers_for, stack_of
 from codeherd_worker.engine.operations import operations_for
+from tests.unit.worker.engine.attending import make_cache
 from tests.unit.worker.engine.tiny_llama import has_avx512, tiny_llama
 
 #: The tests' Llama: 4 heads and 2 key heads of 16.
@@ -163,3 +167,49 @@ def test_a_plain_float32_layer_is_fused() -> None:
     assert type(layer) is not _PlainLayer
     assert len(layer.linears) == 4
     assert layer.linears[0](draw(3, SIZE)).shape == (3, JOINED)
+
+
+class OneByOne:
+    """An attention that no stack knows, so that each layer is called in its turn."""
+
+    def __init__(self, attention: CpuPass) -> None:
+        self._attention = attention
+
+    def __call__(self, layer: int, joined: torch.Tensor) -> torch.Tensor:
+        return self._attention(layer, joined)
+
+
+def attention_over(cache: SlotCache, slots: list[int], places: list[int]) -> CpuPass:
+    return CpuAttention(cache, heads=4, scale=HEAD**-0.5).over(slots, torch.tensor(places), places)
+
+
+@needs_avx512
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_all_layers_in_one_call_have_the_bits_of_each_in_its_turn(key_heads: int) -> None:
+    model = tiny_llama(num_hidden_layers=3, num_key_value_heads=key_heads)
+    forward = LlamaForward(model, positions=1000)
+    assert stack_of(forward._layers) is not None
+    caches = [make_cache(key_heads=key_heads, head_size=HEAD, layers=3) for _ in range(3)]
+    two_prompts = [0] * 40 + [4] * 30, [*range(40), *range(500, 530)]
+
+    for slots, places in [two_prompts, ([0, 4, 1, 5], [40, 530, 0, 999]), ([3], [7])]:
+        ids, positions = torch.arange(len(slots)) + 5, torch.tensor(places)
+        first, second, third = (attention_over(cache, slots, places) for cache in caches)
+        with torch.inference_mode():
+            together = forward(ids, positions, first)
+            again = forward(ids, positions, second)
+            apart = forward(ids, positions, OneByOne(third))
+
+        assert together.shape == (len(slots), model.config.vocab_size)
+        assert torch.equal(together, apart)
+        assert torch.equal(again, apart)
+        for memories in zip(*(cache._flat for cache in caches), strict=True):
+            assert all(torch.equal(memory, memories[0]) for memory in memories)
+
+
+def test_layers_that_are_not_all_compiled_are_no_stack() -> None:
+    plain, other = make(decoder_layer(mlp_bias=True)), make(decoder_layer())
+
+    assert stack_of([]) is None
+    assert stack_of([plain]) is None
+    assert stack_of([other, plain]) is None
