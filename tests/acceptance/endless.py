@@ -17,6 +17,8 @@ from codeherd_worker.embedded import EMBEDDED_FOLDER
 #: The name in the models file.
 NAME = "endless"
 WINDOW = 16384
+#: Enough for a step that takes a while.
+LAYERS = 8
 #: New tokens of a job that no test wants to wait for.
 LONG = 16000
 
@@ -29,7 +31,7 @@ def endless_model(folder: Path) -> dict[str, str]:
         vocab_size=4096,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=LAYERS,
         num_attention_heads=1,
         num_key_value_heads=1,
         max_position_embeddings=WINDOW,
@@ -46,7 +48,7 @@ def endless_model(folder: Path) -> dict[str, str]:
     entry = {
         "source": f'"{model_folder}"',
         "parameters": 1_000_000,
-        "layers": 2,
+        "layers": LAYERS,
         "kv_heads": 1,
         "head_dim": 64,
         "vocab_size": 4096,
